@@ -1,0 +1,45 @@
+"""Quantization inside the Hugging Face Trainer: small, fast, measured int8 models.
+
+Everything public is imported on first use, so `import hf_quant` (and `hf-quant --help`) does not pay for
+torch and transformers.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .callbacks.qat import QATCallback
+    from .checkpoint import load_quantized, save_quantized
+    from .evaluation.compare import compare
+    from .quantization.post_training import quantize_dynamic
+    from .recipe.schema import Recipe
+
+_HOME_OF = {
+    "QATCallback": ".callbacks.qat",
+    "Recipe": ".recipe.schema",
+    "compare": ".evaluation.compare",
+    "load_quantized": ".checkpoint",
+    "quantize_dynamic": ".quantization.post_training",
+    "save_quantized": ".checkpoint",
+}
+
+__all__ = [  # noqa: RUF022 - in the order in which a user meets them
+    "QATCallback",
+    "quantize_dynamic",
+    "save_quantized",
+    "load_quantized",
+    "compare",
+    "Recipe",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME_OF:
+        return getattr(importlib.import_module(_HOME_OF[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has: {', '.join(sorted(__all__))}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,1 @@
+"""Callbacks for an unmodified `transformers.Trainer`."""

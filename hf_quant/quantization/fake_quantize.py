@@ -1,0 +1,109 @@
+"""Quantize, dequantize, and both in one with the straight-through gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .observers import INT8_MAX, INT8_MIN, symmetric_scale
+
+# A value is clipped when its rounded quantum leaves [-128, 127]. Rounding is half to even, so -128.5 still
+# rounds to -128 while 127.5 rounds to 128; the gradient kernel below cuts at both its bounds inclusively.
+_GRAD_LOW = float(torch.nextafter(torch.tensor(INT8_MIN - 0.5), torch.tensor(-math.inf)))
+_GRAD_HIGH = INT8_MAX + 0.5
+
+
+def quantize(values: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+    """`clamp(round(x / s + z), -128, 127)` as int8.
+
+    Args:
+        values (`torch.Tensor`): float values.
+        scale (`torch.Tensor`): broadcasts against `values`.
+        zero_point (`torch.Tensor`, *optional*): int8, of `scale`'s shape; 0 if absent.
+    """
+    return _quanta(values, scale, zero_point).clamp_(INT8_MIN, INT8_MAX).round_().to(torch.int8)
+
+
+def dequantize(quantized: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+    """`(q - z) * s` in `scale`'s dtype."""
+    values = quantized.to(scale.dtype)
+    if zero_point is not None:
+        values = values - zero_point.to(scale.dtype)
+    return values * scale
+
+
+def fake_quantize(values: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+    """Quantize and dequantize with ranges that may clip; the gradient stops where a value was clipped.
+
+    Bengio et al. (2013), section 3.1, with the saturation of Jacob et al. (2018), eq. 12: for
+    `q = round(x / s + z)`, the gradient passes unchanged where `-128 <= q <= 127` and is 0 elsewhere. Scale and
+    zero point get no gradient.
+
+    Args:
+        values (`torch.Tensor`): float values, any shape. Half-precision values are quantized in float32: in
+            bfloat16 `x / s` would already be off by half a quantum.
+        scale (`torch.Tensor`): float, broadcasts against `values`.
+        zero_point (`torch.Tensor`, *optional*): int8, of `scale`'s shape; 0 if absent.
+
+    Returns:
+        `torch.Tensor`: of `values`' shape and dtype.
+    """
+    return _ClippingFakeQuantize.apply(values, scale, zero_point)  # type: ignore[no-any-return]
+
+
+def fake_quantize_symmetric(values: Tensor, dims: Sequence[int]) -> Tensor:
+    """Quantize and dequantize with scales taken from the values themselves; the gradient passes everywhere.
+
+    Nothing lies outside a range that is read off the values, so there is nothing to clip. (The one largest
+    value may round to 128 and be held at 127: cutting its gradient would freeze just the weight that sets the
+    scale.)
+
+    Args:
+        values (`torch.Tensor`): float values, any shape.
+        dims (sequence of `int`): dimensions that share a scale; see [`symmetric_scale`].
+
+    Returns:
+        `torch.Tensor`: of `values`' shape and dtype.
+    """
+    return _PassingFakeQuantize.apply(values, tuple(dims))  # type: ignore[no-any-return]
+
+
+def _quanta(values: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    # Always a new tensor, so callers may go on in place.
+    quanta = values / scale.float() if values.dtype == torch.float32 else values.float().div_(scale)
+    if zero_point is not None:
+        quanta += zero_point.float()
+    return quanta
+
+
+class _ClippingFakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+        quanta = _quanta(values, scale, zero_point)
+        ctx.save_for_backward(quanta)
+        rounded = quanta.clamp(INT8_MIN, INT8_MAX).round_()
+        if zero_point is not None:
+            rounded -= zero_point.float()
+        return rounded.mul_(scale).to(values.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (quanta,) = ctx.saved_tensors
+        grad = grads[0]
+        clipped = torch.ops.aten.hardtanh_backward(grad.to(quanta.dtype), quanta, _GRAD_LOW, _GRAD_HIGH)
+        return clipped.to(grad.dtype), None, None
+
+
+class _PassingFakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, dims: tuple[int, ...]) -> Tensor:
+        scale = symmetric_scale(values, dims)
+        return _quanta(values, scale, None).clamp_(INT8_MIN, INT8_MAX).round_().mul_(scale).to(values.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None

@@ -1,0 +1,237 @@
+"""Prepare a model for quantization-aware training: modules that compute as int8 will, on the same Parameters."""
+
+from __future__ import annotations
+
+import inspect
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..schemes import Scheme
+from ..targets import Selection
+from .fake_quantize import fake_quantize, fake_quantize_symmetric
+from .observers import MovingAverageMinMax, token_dims
+
+_KEPT_INPUTS = 2  # batches kept for the parity check at convert
+
+
+@dataclass(eq=False)
+class QATState:
+    """What all QAT modules of one model share.
+
+    Plain Python flags, not buffers: the phase is a function of the training step, so nothing has to be saved,
+    an inactive phase costs nothing, and a compiled model is recompiled only when the phase changes.
+
+    Args:
+        observing (`bool`): whether activation ranges follow the batches (in training mode only).
+        fake_quantizing (`bool`): whether weights, embeddings and activations are fake-quantized.
+        masks (list of `torch.Tensor`): the attention masks of the present batch, boolean, (batch, length).
+        inputs (deque of `dict`): keyword arguments of the last forwards, for the parity check.
+        handle (`RemovableHandle`, *optional*): takes off the hook that fills `masks` and `inputs`.
+    """
+
+    observing: bool = False
+    fake_quantizing: bool = False
+    masks: list[Tensor] = field(default_factory=list)
+    inputs: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=_KEPT_INPUTS))
+    handle: RemovableHandle | None = None
+
+
+class ActivationFakeQuantize(nn.Module):
+    """Fake-quant of an input with static per-tensor ranges."""
+
+    def __init__(self, state: QATState, device: torch.device) -> None:
+        super().__init__()
+        self.state = state
+        self.observer = MovingAverageMinMax(device=device)
+
+    @property
+    def observed(self) -> bool:
+        """Whether there is a range at all."""
+        return bool(self.observer.num_batches > 0)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """`values` as int8 would see them, or unchanged outside the fake-quant phase; the same shape and dtype."""
+        if self.state.observing and self.training and not _recomputing():
+            self.observer.observe(values.detach(), _mask_for(values, self.state.masks))
+        if self.state.fake_quantizing:
+            return fake_quantize(values, *self.observer.qparams())
+        return values
+
+
+class QATLinear(nn.Linear):
+    """`nn.Linear` that computes with fake-quantized weight and input; it shares the float module's Parameters."""
+
+    state: QATState
+    scheme: Scheme
+    activation_fake_quant: ActivationFakeQuantize | None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`input` (..., in_features) to (..., out_features)."""
+        weight = self.weight
+        if self.state.fake_quantizing:
+            weight = fake_quantize_symmetric(weight, (-1,))
+        return F.linear(_quantized_input(self, input), weight, self.bias)
+
+
+class QATConv1D(nn.Module):
+    """Transformers' `Conv1D` (weight (in, out)) with fake-quantized weight and input."""
+
+    state: QATState
+    scheme: Scheme
+    activation_fake_quant: ActivationFakeQuantize | None
+    nf: int
+    nx: int
+    weight: nn.Parameter
+    bias: nn.Parameter
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` (..., nx) to (..., nf)."""
+        weight = self.weight
+        if self.state.fake_quantizing:
+            weight = fake_quantize_symmetric(weight, (0,))
+        return F.linear(_quantized_input(self, x), weight.t(), self.bias)
+
+
+class QATEmbedding(nn.Embedding):
+    """`nn.Embedding` whose looked-up rows are fake-quantized, one scale a row."""
+
+    state: QATState
+    scheme: Scheme
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`input` (...) of indices to (..., embedding_dim)."""
+        rows = super().forward(input)
+        # A row's scale depends on that row alone, so only the rows in use have to be quantized.
+        return fake_quantize_symmetric(rows, (-1,)) if self.state.fake_quantizing else rows
+
+
+QAT_MODULES = (QATLinear, QATConv1D, QATEmbedding)
+
+
+def prepare(model: nn.Module, scheme: Scheme, selection: Selection) -> QATState:
+    """Swap the selected modules for QAT modules that hold the very same `nn.Parameter` objects.
+
+    Names of parameters do not change, so the optimizer, weight tying and plain checkpoints go on working. The
+    model computes as before until a phase is switched on in the returned state.
+
+    Args:
+        model (`torch.nn.Module`): changed in place.
+        scheme ([`Scheme`]): what becomes of the Linear layers.
+        selection ([`Selection`]): which modules; see [`select_modules`].
+
+    Returns:
+        [`QATState`]: the switches that all QAT modules of the model share.
+
+    Raises:
+        `ValueError`: if a weight to be quantized holds NaN or infinity.
+    """
+    for name in selection.quantized:
+        require_finite(name, model.get_submodule(name))
+    state = QATState()
+    for name in selection.quantized:
+        replace_module(model, name, _qat_module(model.get_submodule(name), scheme, state))
+    watcher = _InputWatcher(state, list(inspect.signature(model.forward).parameters))
+    state.handle = model.register_forward_pre_hook(watcher, with_kwargs=True)
+    return state
+
+
+def qat_modules(model: nn.Module) -> dict[str, QATLinear | QATConv1D | QATEmbedding]:
+    """The QAT modules of a model by qualified name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QAT_MODULES)}
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` where the module `name` is."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+
+
+def require_finite(name: str, module: nn.Module) -> None:
+    """Refuse a module whose weight cannot be quantized because it holds NaN or infinity."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    # One pass without a temporary of the weight's size: NaN and infinity survive a sum of extremes.
+    low, high = torch.aminmax(weight.detach())
+    if not bool(torch.isfinite(low) & torch.isfinite(high)):
+        bad = int((~torch.isfinite(weight.detach())).sum())
+        raise ValueError(
+            f"the weight of {name} holds {bad} NaN or infinite values of {weight.numel()}, so it has no int8 "
+            "range. Start from a checkpoint whose training did not diverge."
+        )
+
+
+def _qat_module(module: nn.Module, scheme: Scheme, state: QATState) -> nn.Module:
+    # Made without __init__, which would allocate a second weight only to throw it away.
+    new: nn.Module
+    if isinstance(module, nn.Linear):
+        new = QATLinear.__new__(QATLinear)
+    elif isinstance(module, nn.Embedding):
+        new = QATEmbedding.__new__(QATEmbedding)
+    else:
+        new = QATConv1D.__new__(QATConv1D)
+    # The float module's whole state: Parameters, hooks that users put there, sizes, training flag.
+    new.__dict__ = {
+        key: value.copy() if isinstance(value, dict) else value for key, value in module.__dict__.items()
+    }
+    new.state = state  # type: ignore[assignment]
+    new.scheme = scheme  # type: ignore[assignment]
+    if not isinstance(module, nn.Embedding):
+        static = scheme.activations == "static"
+        device = module.weight.device  # type: ignore[union-attr]
+        new.activation_fake_quant = (
+            ActivationFakeQuantize(state, device).train(module.training)  # type: ignore[arg-type]
+            if static
+            else None
+        )
+    return new
+
+
+def _quantized_input(module: QATLinear | QATConv1D, values: Tensor) -> Tensor:
+    if module.activation_fake_quant is not None:
+        return module.activation_fake_quant(values)  # type: ignore[no-any-return]
+    if module.scheme.activations == "dynamic" and module.state.fake_quantizing:
+        return fake_quantize_symmetric(values.float(), token_dims(values)).to(values.dtype)
+    return values
+
+
+class _InputWatcher:
+    """Forward pre-hook of the whole model: notes the batch's attention masks and its keyword arguments.
+
+    A class rather than a closure, so that a deep copy of the model watches its own state.
+    """
+
+    def __init__(self, state: QATState, parameters: list[str]) -> None:
+        self.state = state
+        self.parameters = parameters
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        self.state.masks = [
+            value.bool()
+            for name, value in inputs.items()
+            if name.endswith("attention_mask") and isinstance(value, Tensor) and value.ndim == 2
+        ]
+        if not torch.compiler.is_compiling():
+            self.state.inputs.append(_detached(inputs))
+
+
+def _detached(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value.detach() if isinstance(value, Tensor) else value for key, value in inputs.items()}
+
+
+def _mask_for(values: Tensor, masks: list[Tensor]) -> Tensor | None:
+    """The attention mask that belongs to an activation: the only one of its (batch, length)."""
+    fitting = [mask for mask in masks if values.ndim == 3 and mask.shape == values.shape[:-1]]
+    # An encoder's and a decoder's masks of the same shape cannot be told apart here: count all positions then.
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def _recomputing() -> bool:
+    """Whether this forward is the second one, which activation checkpointing runs during backward."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -1,0 +1,94 @@
+"""How far a quantized model is from its reference, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def sqnr(reference: Tensor, quantized: Tensor) -> float:
+    """Signal-to-quantization-noise ratio in decibels: `10 log10(sum(r^2) / sum((r - q)^2))`.
+
+    Args:
+        reference (`torch.Tensor`): the float values, any shape.
+        quantized (`torch.Tensor`): the same values after quantization, the same shape.
+
+    Returns:
+        `float`: decibels; `inf` where both are equal, `nan` where either holds NaN.
+    """
+    reference, quantized = reference.detach().double(), quantized.detach().double()
+    noise = (reference - quantized).square().sum().item()
+    signal = reference.square().sum().item()
+    return _decibels(signal, noise)
+
+
+def layer_sqnr(
+    reference: nn.Module,
+    quantized: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    names: Iterable[str],
+    progress: Callable[[], None] | None = None,
+) -> dict[str, float]:
+    """SQNR of every named layer's output, each model running on its own activations.
+
+    The error of a layer is therefore the one that it has in the quantized model: its own rounding plus all
+    that it inherits from the layers below.
+
+    Args:
+        reference (`torch.nn.Module`): the float (or fake-quant) model, in eval mode.
+        quantized (`torch.nn.Module`): the model held against it; it has modules of the same names.
+        batches (iterable of `dict`): keyword arguments of `forward`, on each model's device.
+        names (iterable of `str`): qualified names of modules that return a tensor (Linear, Embedding ...).
+        progress (callable, *optional*): called once after each batch.
+
+    Returns:
+        `dict[str, float]`: decibels by name, over all batches; layers that never ran are absent.
+    """
+    names = list(names)
+    signal: dict[str, float] = {}
+    noise: dict[str, float] = {}
+    for batch in batches:
+        expected = _outputs(reference, batch, names)
+        got = _outputs(quantized, batch, names)
+        for name, value in expected.items():
+            if name in got and got[name].shape == value.shape:
+                error = value.double() - got[name].double().to(value.device)
+                signal[name] = signal.get(name, 0.0) + value.double().square().sum().item()
+                noise[name] = noise.get(name, 0.0) + error.square().sum().item()
+        if progress is not None:
+            progress()
+    return {name: _decibels(signal[name], noise[name]) for name in names if name in signal}
+
+
+def _outputs(model: nn.Module, batch: Mapping[str, Any], names: Iterable[str]) -> dict[str, Tensor]:
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            # A layer that runs twice (a decoder called in a loop, shared layers) is judged by its last run.
+            seen[name] = output.detach()
+
+        return hook
+
+    modules = dict(model.named_modules())
+    handles = [modules[name].register_forward_hook(keep(name)) for name in names if name in modules]
+    try:
+        with torch.no_grad():
+            model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _decibels(signal: float, noise: float) -> float:
+    if noise != noise or signal != signal:
+        return float("nan")
+    if noise == 0.0:
+        return float("inf")
+    if signal == 0.0:
+        return float("-inf")
+    return 10.0 * torch.log10(torch.tensor(signal / noise, dtype=torch.float64)).item()

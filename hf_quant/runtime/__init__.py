@@ -1,0 +1,1 @@
+"""The int8 modules and the kernels they run on."""

@@ -1,0 +1,254 @@
+"""The int8 modules: int8 weight, scales, nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..quantization.fake_quantize import dequantize, fake_quantize, quantize
+from ..quantization.observers import calculate_qparams, symmetric_scale, token_dims
+from ..schemes import Scheme
+from . import kernels
+
+
+class Int8Linear(nn.Module):
+    """A Linear layer with an int8 weight.
+
+    Buffers: `weight` int8 (out_features, in_features), `weight_scale` (out_features, 1), `bias` (out_features,)
+    or absent; with static activations also `input_scale` (1,) and `input_zero_point` int8 (1,). Their names and
+    shapes are those of the compressed-tensors layout.
+
+    Args:
+        in_features (`int`): size of the input's last dimension.
+        out_features (`int`): size of the output's last dimension.
+        scheme ([`Scheme`]): what happens to activations.
+        bias (`bool`, *optional*, defaults to `True`): whether there is a bias.
+        transposed (`bool`, *optional*, defaults to `False`): whether it stands for a transformers `Conv1D`, whose
+            float weight is (in, out).
+        dtype (`torch.dtype`, *optional*, defaults to float32): of scales and bias.
+        device (`torch.device`, *optional*): where buffers are made.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+    input_scale: Tensor
+    input_zero_point: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        scheme: Scheme,
+        bias: bool = True,
+        transposed: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.scheme = scheme
+        self.transposed = transposed
+        self.register_buffer("weight", torch.empty(out_features, in_features, dtype=torch.int8, device=device))
+        self.register_buffer("weight_scale", torch.empty(out_features, 1, dtype=dtype, device=device))
+        self.register_buffer("bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None)
+        if scheme.activations == "static":
+            self.register_buffer("input_scale", torch.empty(1, dtype=dtype, device=device))
+            self.register_buffer("input_zero_point", torch.zeros(1, dtype=torch.int8, device=device))
+        self._packed: _Packed | None = None
+
+    @classmethod
+    @torch.no_grad()
+    def from_float(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None,
+        scheme: Scheme,
+        input_range: tuple[Tensor, Tensor] | None = None,
+        transposed: bool = False,
+    ) -> Int8Linear:
+        """Quantize a float weight.
+
+        Args:
+            weight (`torch.Tensor`): (out, in), or (in, out) if `transposed`.
+            bias (`torch.Tensor`, *optional*): (out,).
+            scheme ([`Scheme`]): what happens to activations.
+            input_range (`tuple`, *optional*): smallest and largest activation, shape (); for static schemes.
+            transposed (`bool`, *optional*, defaults to `False`): as for the class.
+        """
+        if transposed:
+            weight = weight.t()
+        out_features, in_features = weight.shape
+        module = cls(in_features, out_features, scheme, False, transposed, weight.dtype, "meta")
+        module.weight_scale = symmetric_scale(weight, (-1,))
+        module.weight = quantize(weight, module.weight_scale).contiguous()
+        module.bias = None if bias is None else bias.detach().clone()
+        if scheme.activations == "static":
+            if input_range is None:
+                raise ValueError(f"scheme {scheme.name!r} needs the range of the inputs: pass `input_range`")
+            scale, zero_point = calculate_qparams(*input_range, symmetric=False)
+            module.input_scale = scale.reshape(1).to(weight.dtype)
+            module.input_zero_point = zero_point.reshape(1)
+        return module
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`input` (..., in_features) to (..., out_features), in `input`'s dtype; no gradient flows through.
+
+        Raises:
+            `RuntimeError`: when trained.
+        """
+        if self.training and input.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                "int8 modules cannot be trained: their weights have no gradient. Train the float checkpoint "
+                "(a checkpoint-* folder of the Trainer, or the model before conversion) and quantize again."
+            )
+        with torch.no_grad():
+            kernel = kernels.choose_kernel(input.device)
+            if kernel == "int_mm" and input.is_cuda and (self.in_features % 8 or self.out_features % 8):
+                kernel = "reference"
+            if self.scheme.activations is None or kernel == "reference" or input.numel() == 0:
+                return self._reference(input)
+            if kernel == "onednn":
+                return self._onednn(input)
+            return self._int_mm(input)
+
+    def _reference(self, input: Tensor) -> Tensor:
+        # The operations, order and dtypes of compressed-tensors: equal to a plain reload, bit for bit.
+        if self.scheme.activations == "static":
+            input = fake_quantize(input, self.input_scale, self.input_zero_point)
+        elif self.scheme.activations == "dynamic":
+            scale = symmetric_scale(input.float(), token_dims(input))
+            input = fake_quantize(input, scale)
+        weight = dequantize(self.weight, self.weight_scale).to(input.dtype)
+        return F.linear(input, weight, None if self.bias is None else self.bias.to(input.dtype))
+
+    def _onednn(self, input: Tensor) -> Tensor:
+        packed = self._packed
+        if packed is None or packed.source is not self.weight:
+            packed = self._packed = _Packed(self)
+        out_dtype = torch.bfloat16 if input.dtype == torch.bfloat16 else torch.float32
+        if self.scheme.activations == "static":
+            quantized = quantize(input, self.input_scale, self.input_zero_point).reshape(-1, self.in_features)
+            output = kernels.onednn_linear(
+                quantized, packed.weight, packed.weight_scale, packed.bias,
+                packed.input_scale, packed.input_zero_point, out_dtype,
+            )  # fmt: skip
+        else:
+            scale = symmetric_scale(input.float(), token_dims(input))
+            quantized = quantize(input, scale).reshape(-1, self.in_features)
+            output = kernels.onednn_linear(quantized, packed.weight, packed.weight_scale, None, 1.0, 0)
+            output.mul_(_one_per_row(scale, input))
+            if packed.bias is not None:
+                output.add_(packed.bias)
+        return output.reshape(*input.shape[:-1], self.out_features).to(input.dtype)
+
+    def _int_mm(self, input: Tensor) -> Tensor:
+        if self.scheme.activations == "static":
+            scale, zero_point = self.input_scale.float(), self.input_zero_point
+            quantized = quantize(input, scale, zero_point).reshape(-1, self.in_features)
+            product = kernels.int_mm_linear(quantized, self.weight)
+            # (q - z) w^T = q w^T - z sum(w)
+            product = product - self.weight.sum(-1, dtype=torch.int32) * zero_point.to(torch.int32)
+        else:
+            scale = _one_per_row(symmetric_scale(input.float(), token_dims(input)), input)
+            quantized = quantize(input.reshape(-1, self.in_features), scale)
+            product = kernels.int_mm_linear(quantized, self.weight)
+        output = product.float().mul_(self.weight_scale.float().t()).mul_(scale)
+        if self.bias is not None:
+            output.add_(self.bias)
+        return output.reshape(*input.shape[:-1], self.out_features).to(input.dtype)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._packed = None  # the weight is overwritten in place
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A packed weight is opaque to copy and pickle, and cheap to make again.
+        return {**self.__dict__, "_packed": None}
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, scheme={self.scheme.name!r}"
+        )
+
+
+class Int8Embedding(nn.Module):
+    """An embedding table in int8.
+
+    Buffers: `weight` int8 (num_embeddings, embedding_dim) and `weight_scale` (num_embeddings, 1), one scale a row.
+
+    Args:
+        num_embeddings (`int`): rows.
+        embedding_dim (`int`): columns.
+        padding_idx (`int`, *optional*): kept for those who ask; a lookup does not need it.
+        dtype (`torch.dtype`, *optional*, defaults to float32): of scales and of what a lookup returns.
+        device (`torch.device`, *optional*): where buffers are made.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.padding_idx = padding_idx
+        weight = torch.empty(num_embeddings, embedding_dim, dtype=torch.int8, device=device)
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", torch.empty(num_embeddings, 1, dtype=dtype, device=device))
+
+    @classmethod
+    @torch.no_grad()
+    def from_float(cls, weight: Tensor, padding_idx: int | None = None) -> Int8Embedding:
+        """Quantize a float table (num_embeddings, embedding_dim)."""
+        module = cls(*weight.shape, padding_idx, weight.dtype, "meta")
+        module.weight_scale = symmetric_scale(weight, (-1,))
+        module.weight = quantize(weight, module.weight_scale)
+        return module
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`input` (...) of indices to (..., embedding_dim) in `weight_scale`'s dtype."""
+        return dequantize(F.embedding(input, self.weight), F.embedding(input, self.weight_scale))
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"{self.num_embeddings}, {self.embedding_dim}"
+
+
+INT8_MODULES = (Int8Linear, Int8Embedding)
+
+
+def int8_modules(model: nn.Module) -> dict[str, Int8Linear | Int8Embedding]:
+    """The int8 modules of a model by qualified name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, INT8_MODULES)}
+
+
+class _Packed:
+    """What oneDNN wants of one layer: a blocked weight, and numbers instead of tensors."""
+
+    def __init__(self, module: Int8Linear) -> None:
+        self.source = module.weight
+        self.weight = kernels.onednn_prepack(module.weight)
+        self.weight_scale = module.weight_scale.float().flatten()
+        self.bias = None if module.bias is None else module.bias.float()
+        if module.scheme.activations == "static":
+            self.input_scale = float(module.input_scale)
+            self.input_zero_point = int(module.input_zero_point)
+
+
+def _one_per_row(scale: Tensor, input: Tensor) -> Tensor:
+    """Scales of a dynamic activation as a column that fits the flattened input (tokens, in_features)."""
+    return scale.expand(*input.shape[:-1], 1).reshape(-1, 1) if scale.numel() > 1 else scale.reshape(1, 1)
