@@ -50,6 +50,8 @@ class ActivationFakeQuantize(nn.Module):
         super().__init__()
         self.state = state
         self.observer = MovingAverageMinMax(device=device)
+        # Set for a module that training never ran: without a range, its inputs would all become 0.
+        self.skip = False
 
     @property
     def observed(self) -> bool:
@@ -60,7 +62,7 @@ class ActivationFakeQuantize(nn.Module):
         """`values` as int8 would see them, or unchanged outside the fake-quant phase; the same shape and dtype."""
         if self.state.observing and self.training and not _recomputing():
             self.observer.observe(values.detach(), _mask_for(values, self.state.masks))
-        if self.state.fake_quantizing:
+        if self.state.fake_quantizing and not self.skip:
             return fake_quantize(values, *self.observer.qparams())
         return values
 

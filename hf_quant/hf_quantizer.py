@@ -1,0 +1,75 @@
+"""The `HfQuantizer` through which transformers saves and loads int8 modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .layout import quantization_config, read_schemes
+from .quantization.qat import replace_module
+from .runtime.modules import Int8Embedding, Int8Linear
+
+METHOD = "hf_quant"
+
+
+@register_quantization_config(METHOD)
+class HfQuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """Holds the compressed-tensors layout while a model is in memory; on disk only the layout is written.
+
+    Args:
+        layout (`dict`): the `quantization_config` of `config.json`.
+    """
+
+    def __init__(self, layout: dict[str, Any], **kwargs: Any) -> None:
+        self.quant_method = METHOD
+        self.layout = layout
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `config.json` gets."""
+        return dict(self.layout)
+
+
+@register_quantizer(METHOD)
+class HfQuantQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts int8 modules into a model before its weights are loaded, so float weights are never made."""
+
+    quantization_config: HfQuantConfig
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        shell: Int8Linear | Int8Embedding
+        for name, scheme in read_schemes(self.quantization_config.layout, model).items():
+            module = model.get_submodule(name)
+            weight: Tensor = module.weight  # type: ignore[assignment]
+            if scheme is None:
+                shell = Int8Embedding(*weight.shape, getattr(module, "padding_idx", None), weight.dtype, "meta")
+            else:
+                transposed = not isinstance(module, nn.Linear)
+                out_features, in_features = weight.t().shape if transposed else weight.shape
+                bias = module.bias is not None
+                shell = Int8Linear(in_features, out_features, scheme, bias, transposed, weight.dtype, "meta")
+            replace_module(model, name, shell)
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The model's own state dict is the layout; what it holds may have changed since it was quantized."""
+        self.quantization_config.layout = quantization_config(model)
+        return model.state_dict(), {}
+
+    def is_serializable(self) -> bool:
+        """Saving is what this class is for."""
+        return True
+
+    # A Trainer refuses even to evaluate a model unless both of these hold. Int8 modules refuse training
+    # themselves, in words, and so does the callback.
+    @property
+    def is_trainable(self) -> bool:
+        """Lets a Trainer hold the model, to evaluate it."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Lets a Trainer hold the model, to evaluate it."""
+        return True
