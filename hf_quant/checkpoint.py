@@ -110,7 +110,7 @@ def load_quantized(
             "random. The folder is incomplete, or was saved from another architecture: save it again."
         )
     _save_whole(model)
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def is_quantized_folder(path: str | os.PathLike[str]) -> bool:
@@ -135,7 +135,7 @@ def architecture(config: Any, path: str) -> type[Any]:
             f"does not have{did_you_mean(names[0], dir(transformers)) if names else '.'} "
             "Pass `auto_class`, such as AutoModelForSequenceClassification."
         )
-    return cls  # type: ignore[no-any-return]
+    return cls
 
 
 def require_free_folder(path: str | os.PathLike[str], overwrite: bool) -> None:

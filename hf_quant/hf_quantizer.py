@@ -16,7 +16,7 @@ METHOD = "hf_quant"
 
 
 @register_quantization_config(METHOD)
-class HfQuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class HfQuantConfig(QuantizationConfigMixin):
     """Holds the compressed-tensors layout while a model is in memory; on disk only the layout is written.
 
     Args:
@@ -33,7 +33,7 @@ class HfQuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 @register_quantizer(METHOD)
-class HfQuantQuantizer(HfQuantizer):  # type: ignore[misc]
+class HfQuantQuantizer(HfQuantizer):
     """Puts int8 modules into a model before its weights are loaded, so float weights are never made."""
 
     quantization_config: HfQuantConfig
@@ -45,7 +45,9 @@ class HfQuantQuantizer(HfQuantizer):  # type: ignore[misc]
             module = model.get_submodule(name)
             weight: Tensor = module.weight  # type: ignore[assignment]
             if scheme is None:
-                shell = Int8Embedding(*weight.shape, getattr(module, "padding_idx", None), weight.dtype, "meta")
+                rows, columns = weight.shape
+                padding_idx = module.padding_idx if isinstance(module, nn.Embedding) else None
+                shell = Int8Embedding(rows, columns, padding_idx, weight.dtype, "meta")
             else:
                 transposed = not isinstance(module, nn.Linear)
                 out_features, in_features = weight.t().shape if transposed else weight.shape

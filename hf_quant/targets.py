@@ -121,9 +121,9 @@ def _kind(module: nn.Module) -> tuple[Kind | None, str]:
         return None, f"{type(module).__name__} has a forward of its own"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return None, "renormalizes its weight at each forward (max_norm)"
-    weight = module.weight
+    weight: Tensor = module.weight  # type: ignore[assignment]
     if not weight.is_floating_point():
-        return None, f"its weight is {weight.dtype}"  # type: ignore[union-attr]
+        return None, f"its weight is {weight.dtype}"
     if weight.numel() == 0:
         return None, "its weight is empty"
     return kind, ""

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 _RECORD = "hf_quant.qat"
 
 
-class QATCallback(TrainerCallback):  # type: ignore[misc]
+class QATCallback(TrainerCallback):
     """Trains a model so that it is int8 when `trainer.train()` returns.
 
     ```python
@@ -228,9 +228,7 @@ class QATCallback(TrainerCallback):  # type: ignore[misc]
         main = state.is_world_process_zero
         batches = list(self._qat.inputs)
         with progress_bar("Converting to int8", len(qat_modules(model)), main and not args.disable_tqdm) as advance:
-            self.conversion = convert_qat(
-                model, self._qat, self.scheme, self._selection, batches, advance
-            )
+            self.conversion = convert_qat(model, self._qat, self.scheme, self._selection, batches, advance)
         self._qat = None
         attach_quantizer(model)
         model.eval()

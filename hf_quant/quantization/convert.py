@@ -49,7 +49,7 @@ class Conversion:
 
 def convert_module(module: nn.Module, scheme: Scheme) -> Int8Linear | Int8Embedding:
     """The int8 module for a float or QAT Linear, Conv1D or Embedding."""
-    weight: Tensor = module.weight.detach()  # type: ignore[union-attr, operator]
+    weight: Tensor = module.weight.detach()  # type: ignore[operator]
     if isinstance(module, nn.Embedding):
         new: Int8Linear | Int8Embedding = Int8Embedding.from_float(weight, module.padding_idx)
     else:
@@ -202,7 +202,7 @@ class _LayerParity:
             with torch.autocast(values.device.type, enabled=False):
                 if values.is_floating_point():
                     # In the weight's dtype: under autocast a layer may be handed half-precision values.
-                    values = values.to(module.weight.dtype)  # type: ignore[arg-type, union-attr]
+                    values = values.to(module.weight.dtype)  # type: ignore[arg-type]
                 decibels = sqnr(original.forward(values), new.forward(values))
             self.worst[name] = min(self.worst.get(name, float("inf")), decibels)
 
@@ -211,7 +211,7 @@ class _LayerParity:
     def check(self) -> dict[str, float]:
         for name, decibels in self.worst.items():
             if not decibels >= MIN_LAYER_SQNR:
-                weight_dtype = self.pairs[name][0].weight.dtype  # type: ignore[union-attr]
+                weight_dtype = self.pairs[name][0].weight.dtype
                 if weight_dtype == torch.float32 or not decibels >= MIN_LOGITS_SQNR:
                     raise ParityError(
                         f"{name}: int8 and fake-quant differ by {decibels:.1f} dB (at least {MIN_LAYER_SQNR:.0f} "
@@ -246,7 +246,7 @@ def _first_output(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
 
 def _weight_sqnr(module: nn.Module, new: Int8Linear | Int8Embedding) -> float:
-    weight: Tensor = module.weight.detach()  # type: ignore[union-attr, operator]
+    weight: Tensor = module.weight.detach()  # type: ignore[operator]
     if isinstance(new, Int8Linear) and new.transposed:
         weight = weight.t()
     return sqnr(weight, new.weight.to(weight.dtype) * new.weight_scale)

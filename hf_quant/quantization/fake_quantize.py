@@ -52,7 +52,7 @@ def fake_quantize(values: Tensor, scale: Tensor, zero_point: Tensor | None = Non
     Returns:
         `torch.Tensor`: of `values`' shape and dtype.
     """
-    return _ClippingFakeQuantize.apply(values, scale, zero_point)  # type: ignore[no-any-return]
+    return _ClippingFakeQuantize.apply(values, scale, zero_point)
 
 
 def fake_quantize_symmetric(values: Tensor, dims: Sequence[int]) -> Tensor:
@@ -69,7 +69,7 @@ def fake_quantize_symmetric(values: Tensor, dims: Sequence[int]) -> Tensor:
     Returns:
         `torch.Tensor`: of `values`' shape and dtype.
     """
-    return _PassingFakeQuantize.apply(values, tuple(dims))  # type: ignore[no-any-return]
+    return _PassingFakeQuantize.apply(values, tuple(dims))
 
 
 def _quanta(values: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:

@@ -75,9 +75,7 @@ def quantize_dynamic(
     return model.eval()
 
 
-def load_float(
-    path: str | os.PathLike[str], auto_class: type[Any] | None = None, **kwargs: Any
-) -> PreTrainedModel:
+def load_float(path: str | os.PathLike[str], auto_class: type[Any] | None = None, **kwargs: Any) -> PreTrainedModel:
     """A float model from a folder or hub id, as the class that its config names.
 
     Raises:
@@ -95,7 +93,7 @@ def load_float(
             + ("; hf_quant.load_quantized loads this one." if method == "compressed-tensors" else ".")
         )
     cls = auto_class or architecture(config, path)
-    return cls.from_pretrained(path, **kwargs)  # type: ignore[no-any-return]
+    return cls.from_pretrained(path, **kwargs)
 
 
 def require_unquantized(model: nn.Module) -> None:

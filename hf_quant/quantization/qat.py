@@ -76,7 +76,7 @@ class QATLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """`input` (..., in_features) to (..., out_features)."""
-        weight = self.weight
+        weight: Tensor = self.weight
         if self.state.fake_quantizing:
             weight = fake_quantize_symmetric(weight, (-1,))
         return F.linear(_quantized_input(self, input), weight, self.bias)
@@ -95,7 +95,7 @@ class QATConv1D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` (..., nx) to (..., nf)."""
-        weight = self.weight
+        weight: Tensor = self.weight
         if self.state.fake_quantizing:
             weight = fake_quantize_symmetric(weight, (0,))
         return F.linear(_quantized_input(self, x), weight.t(), self.bias)
@@ -178,14 +178,12 @@ def _qat_module(module: nn.Module, scheme: Scheme, state: QATState) -> nn.Module
     else:
         new = QATConv1D.__new__(QATConv1D)
     # The float module's whole state: Parameters, hooks that users put there, sizes, training flag.
-    new.__dict__ = {
-        key: value.copy() if isinstance(value, dict) else value for key, value in module.__dict__.items()
-    }
-    new.state = state  # type: ignore[assignment]
-    new.scheme = scheme  # type: ignore[assignment]
+    new.__dict__ = {key: value.copy() if isinstance(value, dict) else value for key, value in module.__dict__.items()}
+    new.state = state
+    new.scheme = scheme
     if not isinstance(module, nn.Embedding):
         static = scheme.activations == "static"
-        device = module.weight.device  # type: ignore[union-attr]
+        device = module.weight.device
         new.activation_fake_quant = (
             ActivationFakeQuantize(state, device).train(module.training)  # type: ignore[arg-type]
             if static
@@ -196,7 +194,7 @@ def _qat_module(module: nn.Module, scheme: Scheme, state: QATState) -> nn.Module
 
 def _quantized_input(module: QATLinear | QATConv1D, values: Tensor) -> Tensor:
     if module.activation_fake_quant is not None:
-        return module.activation_fake_quant(values)  # type: ignore[no-any-return]
+        return module.activation_fake_quant(values)
     if module.scheme.activations == "dynamic" and module.state.fake_quantizing:
         return fake_quantize_symmetric(values.float(), token_dims(values)).to(values.dtype)
     return values

@@ -92,7 +92,7 @@ def int_mm_is_exact(cuda_index: int) -> bool:
 
 def onednn_prepack(weight: Tensor) -> Tensor:
     """An int8 weight (out, in) in oneDNN's blocked layout."""
-    return torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)  # type: ignore[no-any-return]
+    return torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
 
 
 def onednn_linear(
@@ -117,7 +117,7 @@ def onednn_linear(
     """
     unsigned = quantized.view(torch.uint8).bitwise_xor(_SHIFT)  # flips the sign bit, which adds 128
     zero_points = torch.zeros(weight_scale.numel(), dtype=torch.int64)
-    return torch.ops.onednn.qlinear_pointwise(  # type: ignore[no-any-return]
+    return torch.ops.onednn.qlinear_pointwise(
         unsigned, input_scale, input_zero_point + _SHIFT, packed, weight_scale, zero_points, bias,
         1.0, 0, out_dtype, "none", [], "",
     )  # fmt: skip

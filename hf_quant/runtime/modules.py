@@ -214,7 +214,8 @@ class Int8Embedding(nn.Module):
     @torch.no_grad()
     def from_float(cls, weight: Tensor, padding_idx: int | None = None) -> Int8Embedding:
         """Quantize a float table (num_embeddings, embedding_dim)."""
-        module = cls(*weight.shape, padding_idx, weight.dtype, "meta")
+        rows, columns = weight.shape
+        module = cls(rows, columns, padding_idx, weight.dtype, "meta")
         module.weight_scale = symmetric_scale(weight, (-1,))
         module.weight = quantize(weight, module.weight_scale)
         return module
