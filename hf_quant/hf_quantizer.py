@@ -9,8 +9,8 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .layout import quantization_config, read_schemes
-from .quantization.qat import replace_module
 from .runtime.modules import Int8Embedding, Int8Linear
+from .targets import replace_module
 
 METHOD = "hf_quant"
 

@@ -61,6 +61,6 @@ def get_scheme(name: str | Scheme) -> Scheme:
     """
     if isinstance(name, Scheme):
         return name
-    if name not in SCHEMES:
+    if not isinstance(name, str) or name not in SCHEMES:
         raise ValueError(f"unknown scheme {name!r}{did_you_mean(name, SCHEMES)} Choose one of: {', '.join(SCHEMES)}.")
     return SCHEMES[name]

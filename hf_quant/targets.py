@@ -6,14 +6,12 @@ import fnmatch
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .errors import did_you_mean
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Kind = Literal["linear", "conv1d", "embedding"]
 
@@ -62,7 +60,7 @@ def select_modules(
     for option, patterns in (("targets", targets), ("ignore", ignore)):
         _require_matches(option, patterns, candidates)
 
-    head = _head_prefixes(model)
+    head = _head_names(model)
     tied = _tied_partners(candidates)
     quantized: dict[str, Kind] = {}
     left: dict[str, str] = {}
@@ -98,6 +96,28 @@ def select_modules(
             + ". Loosen `targets` or `ignore`."
         )
     return Selection(quantized, left)
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` where the module `name` is, and wherever else the same module hangs in the model."""
+    old = model.get_submodule(name)
+    for parent in list(model.modules()):
+        for child, module in parent._modules.items():
+            if module is old:
+                parent._modules[child] = new
+
+
+def require_finite(name: str, module: nn.Module) -> None:
+    """Refuse a module whose weight cannot be quantized because it holds NaN or infinity."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    # One pass without a temporary of the weight's size: NaN and infinity survive a sum of extremes.
+    low, high = torch.aminmax(weight.detach())
+    if not bool(torch.isfinite(low) & torch.isfinite(high)):
+        bad = int((~torch.isfinite(weight.detach())).sum())
+        raise ValueError(
+            f"the weight of {name} holds {bad} NaN or infinite values of {weight.numel()}, so it has no int8 "
+            "range. Start from a checkpoint whose training did not diverge."
+        )
 
 
 def _family(module: nn.Module) -> bool:
@@ -146,12 +166,20 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _head_prefixes(model: nn.Module) -> list[str]:
-    """Children of the model outside its base model."""
-    prefix = getattr(model, "base_model_prefix", "")
-    if not prefix or not hasattr(model, prefix):
+def _head_names(model: nn.Module) -> list[str]:
+    """The modules that make up the head: output embeddings, and what lies outside the base model.
+
+    Some models do not hold their base model as one child (CLIP, T5 and Whisper for classification); there, Linear
+    layers directly under the model are its head.
+    """
+    if not hasattr(model, "get_output_embeddings"):
         return []
-    return [name for name, _ in model.named_children() if name != prefix]
+    output = model.get_output_embeddings()
+    head = [name for name, module in model.named_modules() if output is not None and module is output]
+    prefix = getattr(model, "base_model_prefix", "")
+    if prefix and hasattr(model, prefix):
+        return head + [name for name, _ in model.named_children() if name != prefix]
+    return head + [name for name, child in model.named_children() if isinstance(child, nn.Linear)]
 
 
 def _tied_partners(candidates: dict[str, nn.Module]) -> dict[str, list[str]]:

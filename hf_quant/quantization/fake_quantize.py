@@ -1,4 +1,4 @@
-"""Quantize, dequantize, and both in one with the straight-through gradient."""
+"""Quantize and dequantize in one, with the straight-through gradient."""
 
 from __future__ import annotations
 
@@ -9,31 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .observers import INT8_MAX, INT8_MIN, symmetric_scale
+from ..qparams import INT8_MAX, INT8_MIN, quanta, symmetric_scale
 
 # A value is clipped when its rounded quantum leaves [-128, 127]. Rounding is half to even, so -128.5 still
 # rounds to -128 while 127.5 rounds to 128; the gradient kernel below cuts at both its bounds inclusively.
 _GRAD_LOW = float(torch.nextafter(torch.tensor(INT8_MIN - 0.5), torch.tensor(-math.inf)))
 _GRAD_HIGH = INT8_MAX + 0.5
-
-
-def quantize(values: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
-    """`clamp(round(x / s + z), -128, 127)` as int8.
-
-    Args:
-        values (`torch.Tensor`): float values.
-        scale (`torch.Tensor`): broadcasts against `values`.
-        zero_point (`torch.Tensor`, *optional*): int8, of `scale`'s shape; 0 if absent.
-    """
-    return _quanta(values, scale, zero_point).clamp_(INT8_MIN, INT8_MAX).round_().to(torch.int8)
-
-
-def dequantize(quantized: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
-    """`(q - z) * s` in `scale`'s dtype."""
-    values = quantized.to(scale.dtype)
-    if zero_point is not None:
-        values = values - zero_point.to(scale.dtype)
-    return values * scale
 
 
 def fake_quantize(values: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
@@ -72,37 +53,32 @@ def fake_quantize_symmetric(values: Tensor, dims: Sequence[int]) -> Tensor:
     return _PassingFakeQuantize.apply(values, tuple(dims))
 
 
-def _quanta(values: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-    # Always a new tensor, so callers may go on in place.
-    quanta = values / scale.float() if values.dtype == torch.float32 else values.float().div_(scale)
-    if zero_point is not None:
-        quanta += zero_point.float()
-    return quanta
+def stop_clipped(grad: Tensor, unrounded: Tensor) -> Tensor:
+    """`grad`, in float32, where `unrounded` quanta round into -128..127, and 0 where they were clipped."""
+    return torch.ops.aten.hardtanh_backward(grad.float(), unrounded, _GRAD_LOW, _GRAD_HIGH)
 
 
 class _ClippingFakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-        quanta = _quanta(values, scale, zero_point)
-        ctx.save_for_backward(quanta)
-        rounded = quanta.clamp(INT8_MIN, INT8_MAX).round_()
+        unrounded = quanta(values, scale, zero_point)
+        ctx.save_for_backward(unrounded)
+        rounded = unrounded.clamp(INT8_MIN, INT8_MAX).round_()
         if zero_point is not None:
             rounded -= zero_point.float()
         return rounded.mul_(scale).to(values.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (quanta,) = ctx.saved_tensors
-        grad = grads[0]
-        clipped = torch.ops.aten.hardtanh_backward(grad.to(quanta.dtype), quanta, _GRAD_LOW, _GRAD_HIGH)
-        return clipped.to(grad.dtype), None, None
+        (unrounded,) = ctx.saved_tensors
+        return stop_clipped(grads[0], unrounded).to(grads[0].dtype), None, None
 
 
 class _PassingFakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, dims: tuple[int, ...]) -> Tensor:
         scale = symmetric_scale(values, dims)
-        return _quanta(values, scale, None).clamp_(INT8_MIN, INT8_MAX).round_().mul_(scale).to(values.dtype)
+        return quanta(values, scale).clamp_(INT8_MIN, INT8_MAX).round_().mul_(scale).to(values.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

@@ -1,69 +1,28 @@
-"""From ranges to scales and zero points, and the observer that keeps a running range."""
+"""The observer that keeps a running range."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-INT8_MIN, INT8_MAX = -128, 127
-_STEPS = INT8_MAX - INT8_MIN  # 255
+from ..qparams import calculate_qparams
 
 
-def calculate_qparams(min_val: Tensor, max_val: Tensor, *, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of int8 for a range, as the compressed-tensors layout computes them.
-
-    Symmetric: `s = max(|min|, |max|) / 127.5`, `z = 0`. Asymmetric: `s = (max - min) / 255`,
-    `z = round(-128 - min / s)`, after Jacob et al. (2018), eq. 1, with the range widened to hold 0. A reload by
-    plain transformers is bit-equal only because formula, order of operations and dtype are the same here.
+@torch.no_grad()
+def batch_range(values: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value, widened to hold 0; float32, shape ().
 
     Args:
-        min_val (`torch.Tensor`): smallest values, any shape, float.
-        max_val (`torch.Tensor`): largest values, the same shape and dtype.
-        symmetric (`bool`): whether the zero point is 0.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: the scale (dtype of the range; machine epsilon where the range is
-        empty) and the zero point (int8), each of the range's shape.
+        values (`torch.Tensor`): any shape, any float dtype.
+        mask (`torch.Tensor`, *optional*): boolean, of `values`' shape without the last dimension; `False` marks
+            padding, which is not counted.
     """
-    min_val = torch.clamp(min_val, max=0.0)
-    max_val = torch.clamp(max_val, min=0.0)
-    if symmetric:
-        scale = torch.maximum(-min_val, max_val) / (_STEPS / 2)
-        zero_point = torch.zeros_like(scale, dtype=torch.int8)
+    if mask is None:
+        low, high = torch.aminmax(values)
     else:
-        scale = (max_val - min_val) / float(_STEPS)
-        zero_point = INT8_MIN - (min_val / scale)
-        # An empty range gives 0/0; any zero point serves it.
-        zero_point = torch.nan_to_num(zero_point, nan=0.0).clamp(INT8_MIN, INT8_MAX).round().to(torch.int8)
-    scale = torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
-    return scale, zero_point
-
-
-def symmetric_scale(values: Tensor, dims: Sequence[int]) -> Tensor:
-    """The symmetric int8 scale of values that share it along `dims`.
-
-    Args:
-        values (`torch.Tensor`): float values, any shape.
-        dims (sequence of `int`): dimensions that share one scale: `(-1,)` for each output channel of a
-            `(out, in)` weight, each row of an embedding and each token of `(batch, length, hidden)`.
-
-    Returns:
-        `torch.Tensor`: scales of `values`' dtype, with `dims` kept as 1.
-    """
-    dims = tuple(dims)
-    return calculate_qparams(values.amin(dims, keepdim=True), values.amax(dims, keepdim=True), symmetric=True)[0]
-
-
-def token_dims(values: Tensor) -> tuple[int, ...]:
-    """The dimensions over which a dynamically quantized activation shares one scale.
-
-    One scale per token of `(batch, length, hidden)`. For other ranks this follows the reader of the
-    compressed-tensors layout, so that a plain reload gives the same logits: all dimensions after the second
-    share a scale, and a 2-D input has a single one.
-    """
-    return tuple(range(2, values.ndim)) or tuple(range(values.ndim))
+        # By row first: the mask is then applied to few numbers. A range holds 0, so 0 is neutral for both ends.
+        low, high = torch.where(mask, values.amin(-1), 0.0).min(), torch.where(mask, values.amax(-1), 0.0).max()
+    return low.float().clamp(max=0.0), high.float().clamp(min=0.0)
 
 
 class MovingAverageMinMax(nn.Module):
@@ -107,14 +66,16 @@ class MovingAverageMinMax(nn.Module):
             mask (`torch.Tensor`, *optional*): boolean, of `values`' shape without the last dimension; `False`
                 marks padding, which is not counted.
         """
-        low, high = values.amin(-1).float(), values.amax(-1).float()
-        if mask is not None:
-            # Ranges always hold 0, so 0 is the neutral element for both ends.
-            low, high = low * mask, high * mask
+        if values.numel() > 0:  # an expert that no token was routed to has no range
+            self.update(*batch_range(values, mask))
+
+    @torch.no_grad()
+    def update(self, low: Tensor, high: Tensor) -> None:
+        """Take the range of one batch into account; both ends float32, shape ()."""
         self.num_batches += 1
         weight = torch.clamp(1.0 / self.num_batches, min=self.averaging_constant)
-        self.min_val.lerp_(low.min().clamp(max=0.0), weight)
-        self.max_val.lerp_(high.max().clamp(min=0.0), weight)
+        self.min_val.lerp_(low, weight)
+        self.max_val.lerp_(high, weight)
 
     def qparams(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point (int8) of the present range, each of shape `()`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..qparams import token_dims
 from ..schemes import Scheme
-from ..targets import Selection
+from ..targets import Selection, replace_module, require_finite
 from .fake_quantize import fake_quantize, fake_quantize_symmetric
-from .observers import MovingAverageMinMax, token_dims
+from .int8_training import QuantizedInput, int8_linear, quantize_input, runs_in_int8
+from .observers import MovingAverageMinMax, batch_range
 
 _KEPT_INPUTS = 2  # batches kept for the parity check at convert
 
@@ -34,6 +37,7 @@ class QATState:
         masks (list of `torch.Tensor`): the attention masks of the present batch, boolean, (batch, length).
         inputs (deque of `dict`): keyword arguments of the last forwards, for the parity check.
         handle (`RemovableHandle`, *optional*): takes off the hook that fills `masks` and `inputs`.
+        last_range, last_input (*optional*): of the activation seen last, for layers that read the same one.
     """
 
     observing: bool = False
@@ -41,6 +45,18 @@ class QATState:
     masks: list[Tensor] = field(default_factory=list)
     inputs: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=_KEPT_INPUTS))
     handle: RemovableHandle | None = None
+    last_range: tuple[weakref.ref[Tensor], int, tuple[Tensor, Tensor]] | None = None
+    last_input: QuantizedInput | None = None
+
+    def range_of(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The range of an activation without its padding; found once for query, key and value."""
+        if torch.compiler.is_compiling():
+            return batch_range(values, _mask_for(values, self.masks))
+        last = self.last_range
+        if last is None or last[0]() is not values or last[1] != values._version:
+            found = batch_range(values, _mask_for(values, self.masks))
+            last = self.last_range = weakref.ref(values), values._version, found
+        return last[2]
 
 
 class ActivationFakeQuantize(nn.Module):
@@ -58,17 +74,18 @@ class ActivationFakeQuantize(nn.Module):
         """Whether there is a range at all."""
         return bool(self.observer.num_batches > 0)
 
+    def observe(self, values: Tensor) -> None:
+        """Let the range follow `values`, if this is the time for it."""
+        if self.state.observing and self.training and values.numel() > 0 and not _recomputing():
+            self.observer.update(*self.state.range_of(values))
+
     def forward(self, values: Tensor) -> Tensor:
-        """`values` as int8 would see them, or unchanged outside the fake-quant phase; the same shape and dtype."""
-        if self.state.observing and self.training and not _recomputing():
-            self.observer.observe(values.detach(), _mask_for(values, self.state.masks))
-        if self.state.fake_quantizing and not self.skip:
-            return fake_quantize(values, *self.observer.qparams())
-        return values
+        """`values` as int8 would see them; the same shape and dtype."""
+        return values if self.skip else fake_quantize(values, *self.observer.qparams())
 
 
 class QATLinear(nn.Linear):
-    """`nn.Linear` that computes with fake-quantized weight and input; it shares the float module's Parameters."""
+    """`nn.Linear` that computes as int8 will; it shares the float module's Parameters."""
 
     state: QATState
     scheme: Scheme
@@ -76,14 +93,11 @@ class QATLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """`input` (..., in_features) to (..., out_features)."""
-        weight: Tensor = self.weight
-        if self.state.fake_quantizing:
-            weight = fake_quantize_symmetric(weight, (-1,))
-        return F.linear(_quantized_input(self, input), weight, self.bias)
+        return _linear(self, input, self.weight)
 
 
 class QATConv1D(nn.Module):
-    """Transformers' `Conv1D` (weight (in, out)) with fake-quantized weight and input."""
+    """Transformers' `Conv1D`, with its weight of (in, out), that computes as int8 will."""
 
     state: QATState
     scheme: Scheme
@@ -95,10 +109,25 @@ class QATConv1D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` (..., nx) to (..., nf)."""
-        weight: Tensor = self.weight
-        if self.state.fake_quantizing:
-            weight = fake_quantize_symmetric(weight, (0,))
-        return F.linear(_quantized_input(self, x), weight.t(), self.bias)
+        return _linear(self, x, self.weight.t())
+
+
+def _linear(module: QATLinear | QATConv1D, values: Tensor, weight: Tensor) -> Tensor:
+    fake_quant = module.activation_fake_quant
+    if fake_quant is not None:
+        fake_quant.observe(values)
+    if not module.state.fake_quantizing or values.numel() == 0:
+        return F.linear(values, weight, module.bias)
+    unquantized = module.scheme.activations is None or (fake_quant is not None and fake_quant.skip)
+    if not unquantized and runs_in_int8(values):
+        qparams = None if fake_quant is None else fake_quant.observer.qparams()
+        module.state.last_input = quantize_input(values, qparams, module.state.last_input)
+        return int8_linear(values, weight, module.bias, module.state.last_input)
+    if fake_quant is not None:
+        values = fake_quant(values)
+    elif module.scheme.activations == "dynamic":
+        values = fake_quantize_symmetric(values.float(), token_dims(values)).to(values.dtype)
+    return F.linear(values, fake_quantize_symmetric(weight, (-1,)), module.bias)
 
 
 class QATEmbedding(nn.Embedding):
@@ -149,25 +178,6 @@ def qat_modules(model: nn.Module) -> dict[str, QATLinear | QATConv1D | QATEmbedd
     return {name: module for name, module in model.named_modules() if isinstance(module, QAT_MODULES)}
 
 
-def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put `new` where the module `name` is."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)
-
-
-def require_finite(name: str, module: nn.Module) -> None:
-    """Refuse a module whose weight cannot be quantized because it holds NaN or infinity."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    # One pass without a temporary of the weight's size: NaN and infinity survive a sum of extremes.
-    low, high = torch.aminmax(weight.detach())
-    if not bool(torch.isfinite(low) & torch.isfinite(high)):
-        bad = int((~torch.isfinite(weight.detach())).sum())
-        raise ValueError(
-            f"the weight of {name} holds {bad} NaN or infinite values of {weight.numel()}, so it has no int8 "
-            "range. Start from a checkpoint whose training did not diverge."
-        )
-
-
 def _qat_module(module: nn.Module, scheme: Scheme, state: QATState) -> nn.Module:
     # Made without __init__, which would allocate a second weight only to throw it away.
     new: nn.Module
@@ -190,14 +200,6 @@ def _qat_module(module: nn.Module, scheme: Scheme, state: QATState) -> nn.Module
             else None
         )
     return new
-
-
-def _quantized_input(module: QATLinear | QATConv1D, values: Tensor) -> Tensor:
-    if module.activation_fake_quant is not None:
-        return module.activation_fake_quant(values)
-    if module.scheme.activations == "dynamic" and module.state.fake_quantizing:
-        return fake_quantize_symmetric(values.float(), token_dims(values)).to(values.dtype)
-    return values
 
 
 class _InputWatcher:

@@ -23,17 +23,18 @@ _forced: ContextVar[Kernel | None] = ContextVar("hf_quant_kernel", default=None)
 
 
 @contextmanager
-def use_kernel(kernel: Kernel) -> Iterator[None]:
+def use_kernel(kernel: Kernel | None) -> Iterator[None]:
     """Run every int8 module on one kernel inside this context, in this thread.
 
     Args:
         kernel (`str`): `"onednn"` and `"int_mm"` multiply integers; `"reference"` multiplies dequantized values,
-            with the very operations of a plain reload, on any device.
+            with the very operations of a plain reload, on any device. `None` leaves the choice to the machine
+            again, inside another such context.
 
     Raises:
         `ValueError`: if there is no such kernel.
     """
-    if kernel not in KERNELS:
+    if kernel is not None and kernel not in KERNELS:
         raise ValueError(f"unknown kernel {kernel!r}. Choose one of: {', '.join(KERNELS)}.")
     token = _forced.set(kernel)
     try:
@@ -51,7 +52,7 @@ def choose_kernel(device: torch.device) -> Kernel:
         return forced
     if device.type == "cpu" and onednn_is_exact():
         return "onednn"
-    if device.type == "cuda" and int_mm_is_exact(device.index or 0):
+    if device.type == "cuda" and int_mm_is_exact(device):
         return "int_mm"
     return "reference"
 
@@ -79,10 +80,9 @@ def onednn_is_exact() -> bool:
 
 
 @functools.cache
-def int_mm_is_exact(cuda_index: int) -> bool:
-    """Whether `torch._int_mm` runs on that CUDA device and gives exact sums."""
+def int_mm_is_exact(device: torch.device) -> bool:
+    """Whether `torch._int_mm` runs on that device and gives exact sums."""
     try:
-        device = torch.device("cuda", cuda_index)
         values = torch.full((32, 64), -128, dtype=torch.int8, device=device)
         weight = torch.full((16, 64), 127, dtype=torch.int8, device=device)
         return bool((torch._int_mm(values, weight.t()) == -64 * 128 * 127).all())
@@ -134,4 +134,6 @@ def int_mm_linear(quantized: Tensor, weight: Tensor) -> Tensor:
         raise ValueError(f"torch._int_mm on CUDA takes multiples of 8, not a weight of {tuple(weight.shape)}")
     if quantized.is_cuda and tokens <= 16:
         quantized = F.pad(quantized, (0, 0, 0, 17 - tokens))
+    if quantized.shape[1] == 1:  # on CPU torch 2.13 leaves the result of a single column uninitialized
+        quantized, weight = F.pad(quantized, (0, 1)), F.pad(weight, (0, 1))
     return torch._int_mm(quantized, weight.t())[:tokens]

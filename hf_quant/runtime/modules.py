@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..quantization.fake_quantize import dequantize, fake_quantize, quantize
-from ..quantization.observers import calculate_qparams, symmetric_scale, token_dims
+from ..qparams import calculate_qparams, dequantize, quantize, symmetric_scale, token_dims
 from ..schemes import Scheme
 from . import kernels
 
@@ -106,11 +105,13 @@ class Int8Linear(nn.Module):
                 "int8 modules cannot be trained: their weights have no gradient. Train the float checkpoint "
                 "(a checkpoint-* folder of the Trainer, or the model before conversion) and quantize again."
             )
+        if input.numel() == 0:
+            return input.new_zeros(*input.shape[:-1], self.out_features)
         with torch.no_grad():
             kernel = kernels.choose_kernel(input.device)
             if kernel == "int_mm" and input.is_cuda and (self.in_features % 8 or self.out_features % 8):
                 kernel = "reference"
-            if self.scheme.activations is None or kernel == "reference" or input.numel() == 0:
+            if self.scheme.activations is None or kernel == "reference":
                 return self._reference(input)
             if kernel == "onednn":
                 return self._onednn(input)
@@ -119,10 +120,11 @@ class Int8Linear(nn.Module):
     def _reference(self, input: Tensor) -> Tensor:
         # The operations, order and dtypes of compressed-tensors: equal to a plain reload, bit for bit.
         if self.scheme.activations == "static":
-            input = fake_quantize(input, self.input_scale, self.input_zero_point)
+            scale, zero_point = self.input_scale.float(), self.input_zero_point
+            input = dequantize(quantize(input, scale, zero_point), scale, zero_point).to(input.dtype)
         elif self.scheme.activations == "dynamic":
             scale = symmetric_scale(input.float(), token_dims(input))
-            input = fake_quantize(input, scale)
+            input = dequantize(quantize(input, scale), scale).to(input.dtype)
         weight = dequantize(self.weight, self.weight_scale).to(input.dtype)
         return F.linear(input, weight, None if self.bias is None else self.bias.to(input.dtype))
 
@@ -165,6 +167,10 @@ class Int8Linear(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._packed = None  # the weight is overwritten in place
         super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Int8Linear:
+        self._packed = None  # a cast changes the scales, though not the weight
+        return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         # A packed weight is opaque to copy and pickle, and cheap to make again.
