@@ -18,7 +18,8 @@ def progress_bar(description: str, total: int, enabled: bool = True) -> Iterator
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 
+    console = Console(stderr=True)
     columns = (SpinnerColumn(), *Progress.get_default_columns()[:3], TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not enabled) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not (enabled and console.is_terminal)) as bar:
         task = bar.add_task(description, total=total)
         yield lambda: bar.advance(task)

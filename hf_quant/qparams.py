@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 INT8_MIN, INT8_MAX = -128, 127
 _STEPS = INT8_MAX - INT8_MIN  # 255
+_CHUNK = 2**19  # elements
 
 
 def calculate_qparams(min_val: Tensor, max_val: Tensor, *, symmetric: bool) -> tuple[Tensor, Tensor]:
@@ -91,3 +92,28 @@ def dequantize(quantized: Tensor, scale: Tensor, zero_point: Tensor | None = Non
     if zero_point is not None:
         values = values - zero_point.to(scale.dtype)
     return values * scale
+
+
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight in symmetric int8, one scale a row, found a few rows at a time.
+
+    Args:
+        weight (`torch.Tensor`): (rows, columns), float; rows are output channels or the words of an embedding.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: int8 (rows, columns), contiguous, and scales (rows, 1) of `weight`'s
+        dtype.
+    """
+    quantized = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(weight.shape[0], 1, dtype=weight.dtype, device=weight.device)
+    for rows in row_chunks(weight):
+        scale[rows] = symmetric_scale(weight[rows], (-1,))
+        quantized[rows] = quantize(weight[rows], scale[rows])
+    return quantized, scale
+
+
+def row_chunks(weight: Tensor) -> Iterator[slice]:
+    """Slices of rows small enough that temporaries stay in the CPU's cache and never add to peak memory."""
+    step = max(1, _CHUNK // max(1, weight.shape[1]))
+    for start in range(0, weight.shape[0], step):
+        yield slice(start, start + step)

@@ -62,5 +62,7 @@ def get_scheme(name: str | Scheme) -> Scheme:
     if isinstance(name, Scheme):
         return name
     if not isinstance(name, str) or name not in SCHEMES:
-        raise ValueError(f"unknown scheme {name!r}{did_you_mean(name, SCHEMES)} Choose one of: {', '.join(SCHEMES)}.")
+        raise ValueError(
+            f"unknown scheme {name!r}{did_you_mean(name, SCHEMES) or '.'} Choose one of: {', '.join(SCHEMES)}."
+        )
     return SCHEMES[name]

@@ -142,7 +142,7 @@ def _kind(module: nn.Module) -> tuple[Kind | None, str]:
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return None, "renormalizes its weight at each forward (max_norm)"
     weight: Tensor = module.weight  # type: ignore[assignment]
-    if not weight.is_floating_point():
+    if not torch.is_floating_point(weight):
         return None, f"its weight is {weight.dtype}"
     if weight.numel() == 0:
         return None, "its weight is empty"
@@ -174,7 +174,7 @@ def _head_names(model: nn.Module) -> list[str]:
     """
     if not hasattr(model, "get_output_embeddings"):
         return []
-    output = model.get_output_embeddings()
+    output = model.get_output_embeddings()  # type: ignore[operator]
     head = [name for name, module in model.named_modules() if output is not None and module is output]
     prefix = getattr(model, "base_model_prefix", "")
     if prefix and hasattr(model, prefix):

@@ -97,7 +97,6 @@ class QATCallback(TrainerCallback):
         self.conversion: Conversion | None = None
         self._qat: QATState | None = None
         self._selection: Selection | None = None
-        self._unobserved: list[ActivationFakeQuantize] = []
 
     def attach(self, trainer: Any) -> QATCallback:
         """Add this callback to a Trainer that exists already, or that has a `model_init`.
@@ -151,7 +150,7 @@ class QATCallback(TrainerCallback):
         if state.global_step == 0:
             for fake_quant in _static_inputs(model):
                 fake_quant.observer.reset()
-        self._unobserved = []
+                fake_quant.skip = True
         state.stateful_callbacks[_RECORD] = {"scheme": self.scheme.name, "start_step": start, "freeze_step": freeze}
         self._set_phase(state)
 
@@ -172,18 +171,9 @@ class QATCallback(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Average ranges over processes, and look for layers that have none."""
-        if model is None or self._qat is None or not self._qat.observing:
-            return
-        inputs = _static_inputs(model)
-        _average_over_processes(inputs)
-        first = state.global_step == self._steps(state.max_steps)[0] + 1
-        if first or self._unobserved:
-            self._unobserved = [fake_quant for fake_quant in inputs if not fake_quant.observed]
-            for fake_quant in inputs:
-                fake_quant.skip = False
-            for fake_quant in self._unobserved:
-                fake_quant.skip = True
+        """Average ranges over processes."""
+        if model is not None and self._qat is not None and self._qat.observing:
+            _average_over_processes(_static_inputs(model))
 
     def on_log(
         self,

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..runtime.kernels import use_kernel
+from ..runtime.kernels import int_mm_is_exact, use_kernel
 from ..runtime.modules import Int8Embedding, Int8Linear
 from ..schemes import Scheme
 from ..targets import Kind, Selection, replace_module, require_finite
 from .qat import QATConv1D, QATEmbedding, QATLinear, QATState, qat_modules
-from .sensitivity import sqnr
+from .sensitivity import sqnr, weight_sqnr
 
 # Fake-quant and int8 differ by the rounding of float32 sums only: about 100 dB for one layer on equal inputs. A
 # wrong scale or zero point gives 40 dB at the very most.
@@ -141,12 +141,15 @@ def convert_qat(
         for name in unobserved:
             replace_module(model, name, replacements[name])
         pairs = {name: (originals[name], replacements[name]) for name in result.quantized}
+        # By the reference kernel: training may have multiplied integers already, which would prove nothing.
         with use_kernel("reference"), _LayerParity(pairs) as parity:
             expected = [_first_output(model, batch) for batch in batches]
         result.layer_sqnr = parity.check()
         for name in result.quantized:
             replace_module(model, name, replacements[name])
-        got = [_first_output(model, batch) for batch in batches]
+        # A kernel that packs no weights, for the same reason.
+        with use_kernel("int_mm" if int_mm_is_exact(_device_of(model)) else None):
+            got = [_first_output(model, batch) for batch in batches]
         result.logits_sqnr = _check_logits(expected, got, result.layer_sqnr)
     except BaseException:
         for name, module in originals.items():
@@ -189,7 +192,7 @@ class _LayerParity:
 
     def __enter__(self) -> _LayerParity:
         self.handles = [
-            original.register_forward_pre_hook(self._hook(name, original, new.eval()))
+            original.register_forward_hook(self._hook(name, original, new.eval()))
             for name, (original, new) in self.pairs.items()
         ]
         return self
@@ -198,17 +201,19 @@ class _LayerParity:
         for handle in self.handles:
             handle.remove()
 
-    def _hook(self, name: str, original: nn.Module, new: nn.Module) -> Callable[[nn.Module, Any], None]:
-        def compare(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def _hook(self, name: str, original: nn.Module, new: nn.Module) -> Callable[[nn.Module, Any, Tensor], None]:
+        def compare(module: nn.Module, args: tuple[Tensor, ...], expected: Tensor) -> None:
             values = args[0]
-            with torch.autocast(values.device.type, enabled=False):
-                if values.is_floating_point():
-                    # In the weight's dtype: under autocast a layer may be handed half-precision values.
-                    values = values.to(module.weight.dtype)  # type: ignore[arg-type]
-                with use_kernel("reference"):  # training may have multiplied integers already: that proves nothing
+            if torch.is_autocast_enabled(values.device.type):
+                # Half-precision products would drown what is looked for.
+                with torch.autocast(values.device.type, enabled=False):
+                    if values.is_floating_point():
+                        values = values.to(module.weight.dtype)  # type: ignore[arg-type]
                     expected = original.forward(values)
-                with use_kernel(None):
-                    decibels = sqnr(expected, new.forward(values))
+            with torch.autocast(values.device.type, enabled=False), use_kernel(None):
+                decibels = sqnr(expected, new.forward(values))
+            if isinstance(new, Int8Linear):
+                new.unpack()  # the float weights are still there: do not hold every packed weight beside them
             self.worst[name] = min(self.worst.get(name, float("inf")), decibels)
 
         return compare
@@ -240,6 +245,10 @@ def _check_logits(expected: list[Tensor], got: list[Tensor], layers: Mapping[str
     return decibels
 
 
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
 def _first_output(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """Logits, or whatever float tensor the model returns first after its loss."""
     output = model(**batch)
@@ -254,4 +263,4 @@ def _weight_sqnr(module: nn.Module, new: Int8Linear | Int8Embedding) -> float:
     weight: Tensor = module.weight.detach()  # type: ignore[operator]
     if isinstance(new, Int8Linear) and new.transposed:
         weight = weight.t()
-    return sqnr(weight, new.weight.to(weight.dtype) * new.weight_scale)
+    return weight_sqnr(weight, new.weight, new.weight_scale)

@@ -25,7 +25,7 @@ class QuantizedInput:
 
     Args:
         source (weak reference): the float activation.
-        version (`int`): of its contents.
+        version (`int` or `None`): of its contents; see [`version_of`].
         numbers (`tuple`): static scale and zero point, or `None` for one scale a token.
         quantized (`torch.Tensor`): int8 (tokens, features).
         scale (`torch.Tensor`): float32 (tokens, 1), or () if static.
@@ -33,11 +33,16 @@ class QuantizedInput:
     """
 
     source: weakref.ref[Tensor]
-    version: int
+    version: int | None
     numbers: tuple[float, int] | None
     quantized: Tensor
     scale: Tensor
     unrounded: Tensor | None
+
+
+def version_of(values: Tensor) -> int | None:
+    """A count that changes with a tensor's contents; inference tensors have none, so nothing is known of them."""
+    return None if values.is_inference() else values._version
 
 
 def runs_in_int8(values: Tensor) -> bool:
@@ -59,10 +64,12 @@ def quantize_input(
         last ([`QuantizedInput`], *optional*): the one before.
     """
     numbers = None if qparams is None else (float(qparams[0]), int(qparams[1]))
-    if last is not None and last.source() is values and last.version == values._version and last.numbers == numbers:
+    version = version_of(values)
+    known = last is not None and last.source() is values and last.version == version is not None
+    if last is not None and known and last.numbers == numbers:
         return last
     flat = values.reshape(-1, values.shape[-1])
-    source, version = weakref.ref(values), values._version
+    source = weakref.ref(values)
     if qparams is not None:
         unrounded = quanta(flat, *qparams)
         quantized = unrounded.clamp(INT8_MIN, INT8_MAX).round_().to(torch.int8)

@@ -18,7 +18,7 @@ from ..qparams import token_dims
 from ..schemes import Scheme
 from ..targets import Selection, replace_module, require_finite
 from .fake_quantize import fake_quantize, fake_quantize_symmetric
-from .int8_training import QuantizedInput, int8_linear, quantize_input, runs_in_int8
+from .int8_training import QuantizedInput, int8_linear, quantize_input, runs_in_int8, version_of
 from .observers import MovingAverageMinMax, batch_range
 
 _KEPT_INPUTS = 2  # batches kept for the parity check at convert
@@ -45,17 +45,17 @@ class QATState:
     masks: list[Tensor] = field(default_factory=list)
     inputs: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=_KEPT_INPUTS))
     handle: RemovableHandle | None = None
-    last_range: tuple[weakref.ref[Tensor], int, tuple[Tensor, Tensor]] | None = None
+    last_range: tuple[weakref.ref[Tensor], int | None, tuple[Tensor, Tensor]] | None = None
     last_input: QuantizedInput | None = None
 
     def range_of(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """The range of an activation without its padding; found once for query, key and value."""
         if torch.compiler.is_compiling():
             return batch_range(values, _mask_for(values, self.masks))
-        last = self.last_range
-        if last is None or last[0]() is not values or last[1] != values._version:
+        last, version = self.last_range, version_of(values)
+        if last is None or last[0]() is not values or last[1] != version or version is None:
             found = batch_range(values, _mask_for(values, self.masks))
-            last = self.last_range = weakref.ref(values), values._version, found
+            last = self.last_range = weakref.ref(values), version, found
         return last[2]
 
 
@@ -66,8 +66,8 @@ class ActivationFakeQuantize(nn.Module):
         super().__init__()
         self.state = state
         self.observer = MovingAverageMinMax(device=device)
-        # Set for a module that training never ran: without a range, its inputs would all become 0.
-        self.skip = False
+        # Until there is a range: without one, all inputs would become 0.
+        self.skip = True
 
     @property
     def observed(self) -> bool:
@@ -78,6 +78,14 @@ class ActivationFakeQuantize(nn.Module):
         """Let the range follow `values`, if this is the time for it."""
         if self.state.observing and self.training and values.numel() > 0 and not _recomputing():
             self.observer.update(*self.state.range_of(values))
+            if self.skip:
+                self.skip = False
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        batches = state_dict.get(prefix + "observer.num_batches")
+        if batches is not None:
+            self.skip = not bool(batches > 0)
 
     def forward(self, values: Tensor) -> Tensor:
         """`values` as int8 would see them; the same shape and dtype."""
@@ -219,7 +227,9 @@ class _InputWatcher:
             for name, value in inputs.items()
             if name.endswith("attention_mask") and isinstance(value, Tensor) and value.ndim == 2
         ]
-        if not torch.compiler.is_compiling():
+        self.state.last_range = self.state.last_input = None
+        # A used cache changes with each forward: both sides of the proof would not get the same input.
+        if not torch.compiler.is_compiling() and inputs.get("past_key_values") is None:
             self.state.inputs.append(_detached(inputs))
 
 

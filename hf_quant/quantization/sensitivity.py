@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..qparams import dequantize, row_chunks
 
 
 def sqnr(reference: Tensor, quantized: Tensor) -> float:
@@ -19,10 +22,20 @@ def sqnr(reference: Tensor, quantized: Tensor) -> float:
     Returns:
         `float`: decibels; `inf` where both are equal, `nan` where either holds NaN.
     """
-    reference, quantized = reference.detach().double(), quantized.detach().double()
-    noise = (reference - quantized).square().sum().item()
-    signal = reference.square().sum().item()
-    return _decibels(signal, noise)
+    noise, signal = _powers(reference, quantized)
+    return decibels(signal, noise)
+
+
+def weight_sqnr(weight: Tensor, quantized: Tensor, scale: Tensor) -> float:
+    """SQNR of an int8 weight, found a few rows at a time.
+
+    Args:
+        weight (`torch.Tensor`): (rows, columns), float.
+        quantized (`torch.Tensor`): int8, the same shape.
+        scale (`torch.Tensor`): (rows, 1).
+    """
+    powers = [_powers(weight[rows], dequantize(quantized[rows], scale[rows])) for rows in row_chunks(weight)]
+    return decibels(sum(signal for _, signal in powers), sum(noise for noise, _ in powers))
 
 
 def layer_sqnr(
@@ -55,12 +68,12 @@ def layer_sqnr(
         got = _outputs(quantized, batch, names)
         for name, value in expected.items():
             if name in got and got[name].shape == value.shape:
-                error = value.double() - got[name].double().to(value.device)
-                signal[name] = signal.get(name, 0.0) + value.double().square().sum().item()
-                noise[name] = noise.get(name, 0.0) + error.square().sum().item()
+                powers = _powers(value, got[name].to(value.device))
+                noise[name] = noise.get(name, 0.0) + powers[0]
+                signal[name] = signal.get(name, 0.0) + powers[1]
         if progress is not None:
             progress()
-    return {name: _decibels(signal[name], noise[name]) for name in names if name in signal}
+    return {name: decibels(signal[name], noise[name]) for name in names if name in signal}
 
 
 def _outputs(model: nn.Module, batch: Mapping[str, Any], names: Iterable[str]) -> dict[str, Tensor]:
@@ -84,11 +97,21 @@ def _outputs(model: nn.Module, batch: Mapping[str, Any], names: Iterable[str]) -
     return seen
 
 
-def _decibels(signal: float, noise: float) -> float:
+def _powers(reference: Tensor, quantized: Tensor) -> tuple[float, float]:
+    """Sums of squares of noise and signal."""
+    reference, quantized = reference.detach(), quantized.detach()
+    dtype = torch.promote_types(reference.dtype, torch.float32)
+    reference = reference.to(dtype)
+    noise = torch.linalg.vector_norm(reference - quantized.to(dtype)).item()
+    return noise**2, torch.linalg.vector_norm(reference).item() ** 2
+
+
+def decibels(signal: float, noise: float) -> float:
+    """`10 log10(signal / noise)` of two powers; `inf` without noise, `nan` where either is NaN."""
     if noise != noise or signal != signal:
         return float("nan")
     if noise == 0.0:
         return float("inf")
     if signal == 0.0:
         return float("-inf")
-    return 10.0 * torch.log10(torch.tensor(signal / noise, dtype=torch.float64)).item()
+    return 10.0 * (math.log10(signal) - math.log10(noise))

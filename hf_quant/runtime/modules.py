@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..qparams import calculate_qparams, dequantize, quantize, symmetric_scale, token_dims
+from ..qparams import calculate_qparams, dequantize, quantize, quantize_weight, symmetric_scale, token_dims
 from ..schemes import Scheme
 from . import kernels
 
@@ -83,8 +83,7 @@ class Int8Linear(nn.Module):
             weight = weight.t()
         out_features, in_features = weight.shape
         module = cls(in_features, out_features, scheme, False, transposed, weight.dtype, "meta")
-        module.weight_scale = symmetric_scale(weight, (-1,))
-        module.weight = quantize(weight, module.weight_scale).contiguous()
+        module.weight, module.weight_scale = quantize_weight(weight.detach())
         module.bias = None if bias is None else bias.detach().clone()
         if scheme.activations == "static":
             if input_range is None:
@@ -164,12 +163,16 @@ class Int8Linear(nn.Module):
             output.add_(self.bias)
         return output.reshape(*input.shape[:-1], self.out_features).to(input.dtype)
 
+    def unpack(self) -> None:
+        """Drop what a kernel prepared of the weight; the next forward prepares it again."""
+        self._packed = None
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._packed = None  # the weight is overwritten in place
+        self.unpack()  # the weight is overwritten in place
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Int8Linear:
-        self._packed = None  # a cast changes the scales, though not the weight
+        self.unpack()  # a cast changes the scales, though not the weight
         return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -222,8 +225,7 @@ class Int8Embedding(nn.Module):
         """Quantize a float table (num_embeddings, embedding_dim)."""
         rows, columns = weight.shape
         module = cls(rows, columns, padding_idx, weight.dtype, "meta")
-        module.weight_scale = symmetric_scale(weight, (-1,))
-        module.weight = quantize(weight, module.weight_scale)
+        module.weight, module.weight_scale = quantize_weight(weight.detach())
         return module
 
     def forward(self, input: Tensor) -> Tensor:

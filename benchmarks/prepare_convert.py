@@ -1,0 +1,89 @@
+"""Seconds and peak memory of preparing and converting a BERT-base shape (110M parameters).
+
+    python benchmarks/prepare_convert.py
+
+Each stage runs in a process of its own; peak memory is the process's, beyond what it held before the float model
+was made, as a multiple of the float model's bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+
+STAGES = ("prepare", "convert", "quantize_dynamic", "quantize_dynamic, inplace")
+RUNS = 3
+
+
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure(stage: str) -> dict[str, float]:
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    from hf_quant import quantize_dynamic
+    from hf_quant.quantization.convert import convert_qat
+    from hf_quant.quantization.qat import prepare
+    from hf_quant.schemes import get_scheme
+    from hf_quant.targets import select_modules
+
+    inputs = {"input_ids": torch.randint(1000, 30000, (8, 64), generator=torch.Generator().manual_seed(0))}
+    before = peak_bytes()
+    with torch.device("meta"):  # so that nothing but the weights themselves counts as the float model
+        model = BertForSequenceClassification(BertConfig())
+    model = model.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.02, generator=generator)
+        for buffer in model.buffers():
+            buffer.zero_()
+    float_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    seconds = 0.0
+
+    def timed(function, *args, **kwargs):  # type: ignore[no-untyped-def]
+        nonlocal seconds
+        start = time.perf_counter()
+        result = function(*args, **kwargs)
+        seconds = time.perf_counter() - start
+        return result
+
+    if stage.startswith("quantize_dynamic"):
+        timed(quantize_dynamic, model, inplace=stage.endswith("inplace"), progress=False)
+    else:
+        selection = select_modules(model)
+        state = timed(prepare, model, get_scheme("int8_static"), selection)
+        if stage == "convert":
+            model.train()
+            state.observing = state.fake_quantizing = True
+            with torch.no_grad():
+                model(**inputs)
+            timed(convert_qat, model, state, get_scheme("int8_static"), selection, list(state.inputs))
+    return {"seconds": seconds, "peak": (peak_bytes() - before) / float_bytes}
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        print(json.dumps(measure(sys.argv[1])))
+        return
+    from common import write
+
+    results = {}
+    for stage in STAGES:
+        runs = []
+        for _ in range(RUNS):
+            output = subprocess.run([sys.executable, __file__, stage], capture_output=True, text=True, check=True)
+            runs.append(json.loads(output.stdout.splitlines()[-1]))
+        runs.sort(key=lambda run: run["seconds"])
+        results[stage] = {"seconds": runs[RUNS // 2]["seconds"], "peak": runs[RUNS // 2]["peak"], "runs": runs}
+        print(f"{stage:28} {results[stage]['seconds']:.2f} s, peak {results[stage]['peak']:.2f} x the float model")
+    write("prepare_convert", {"model": "BERT-base shape", "stages": results})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Tasks, metrics, and the comparison of a float model with its quantized version."""

@@ -1,0 +1,136 @@
+"""The report of a comparison: as a table, JSON, Markdown and HTML."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .results import Latency, Machine, ModelInfo, SplitResult, decode, encode
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+# Raised when fields change their meaning.
+SCHEMA = "hf_quant.comparison/1"
+TEXT_WIDTH = 100
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What [`compare`] found. `print` it, or write it with `to_json`, `to_markdown`, `to_html` or `save`.
+
+    Args:
+        task (`str`): the task's name.
+        problem_type (`str`): `"single_label_classification"` or `"regression"`.
+        headline (`str`): the metric to quote.
+        float_model ([`ModelInfo`]): the float model.
+        int8_model ([`ModelInfo`]): the quantized one.
+        splits (`tuple[SplitResult, ...]`): metrics and agreement, one entry a labelled split.
+        confidence (`float`): of the intervals, such as 0.95.
+        resamples (`int`): of the bootstrap.
+        seed (`int`): of the bootstrap, of drawn examples and of the timed tokens.
+        max_length (`int`, *optional*): tokens at which texts were cut.
+        latency ([`Latency`], *optional*): absent where nothing was timed.
+        layer_sqnr (`dict[str, float]`): decibels by name for each int8 layer, in the order of the model.
+        machine ([`Machine`]): where it was measured.
+        versions (`dict[str, str]`): of hf_quant, torch, transformers and Python.
+    """
+
+    task: str
+    problem_type: str
+    headline: str
+    float_model: ModelInfo
+    int8_model: ModelInfo
+    splits: tuple[SplitResult, ...]
+    confidence: float
+    resamples: int
+    seed: int
+    max_length: int | None
+    latency: Latency | None
+    layer_sqnr: dict[str, float]
+    machine: Machine
+    versions: dict[str, str]
+
+    def __rich__(self) -> RenderableType:
+        from .text import renderable
+
+        return renderable(self)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=TEXT_WIDTH, color_system=None, force_terminal=False, force_jupyter=False)
+        with console.capture() as capture:
+            console.print(self.__rich__())
+        return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+    def _repr_html_(self) -> str:
+        from .html import fragment
+
+        return fragment(self)
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """The report as JSON, metrics as fractions; written to `path` where one is given.
+
+        Numbers that JSON does not have are the strings `"nan"`, `"inf"` and `"-inf"`.
+        """
+        text = json.dumps({"schema": SCHEMA, **encode(self)}, indent=2, ensure_ascii=False, allow_nan=False)
+        return _write(text + "\n", path)
+
+    @classmethod
+    def from_json(cls, source: str | os.PathLike[str]) -> Comparison:
+        """The report back from `to_json`.
+
+        Args:
+            source (`str`): a path, or the JSON itself.
+
+        Raises:
+            `FileNotFoundError`: if there is no such file.
+            `ValueError`: if it is not such a report, naming the place.
+        """
+        text = str(source)
+        if not text.lstrip().startswith("{"):
+            text = Path(source).read_text(encoding="utf-8")
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"This is not JSON: {error}. Expected a report.json of hf_quant.") from error
+        schema = values.pop("schema", None) if isinstance(values, dict) else None
+        if schema != SCHEMA:
+            raise ValueError(f"The report's `schema` is {schema!r}; this version of hf_quant reads {SCHEMA!r}.")
+        report: Comparison = decode(cls, values)
+        return report
+
+    def to_markdown(self, path: str | os.PathLike[str] | None = None) -> str:
+        """The report as GitHub-flavoured Markdown; written to `path` where one is given."""
+        from .markdown import document
+
+        return _write(document(self), path)
+
+    def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
+        """The report as one HTML file with plots, which needs nothing else; written to `path` where one is given."""
+        from .html import document
+
+        return _write(document(self), path)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write `report.json`, `report.md` and `report.html` into a folder, which is made if it is not there."""
+        directory = Path(folder)
+        # All three before the first is written.
+        files = {
+            "report.json": self.to_json(),
+            "report.md": self.to_markdown(),
+            "report.html": self.to_html(),
+        }
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            _write(text, directory / name)
+
+
+def _write(text: str, path: str | os.PathLike[str] | None) -> str:
+    if path is not None:
+        Path(path).write_text(text, encoding="utf-8")
+    return text

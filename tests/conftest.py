@@ -1,0 +1,29 @@
+"""What every test runs under: no network, no reporters, one thread, and a clean slate of random numbers."""
+
+from __future__ import annotations
+
+import os
+
+# Before transformers is imported anywhere.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    TRANSFORMERS_VERBOSITY="error",
+    TOKENIZERS_PARALLELISM="false",
+)
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# Examples differ in how long torch takes to warm up, which says nothing of the code under test; and a failure
+# that only one run in ten sees helps nobody.
+settings.register_profile("hf_quant", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("hf_quant")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_seed() -> None:
+    torch.set_num_threads(1)  # tiny tensors: more threads only cost, and results must not hang on the machine
+    torch.manual_seed(0)
