@@ -151,7 +151,12 @@ class QATCallback(TrainerCallback):
             for fake_quant in _static_inputs(model):
                 fake_quant.observer.reset()
                 fake_quant.skip = True
-        state.stateful_callbacks[_RECORD] = {"scheme": self.scheme.name, "start_step": start, "freeze_step": freeze}
+        state.stateful_callbacks[_RECORD] = {
+            "scheme": self.scheme.name,
+            "start_step": start,
+            "freeze_step": freeze,
+            "modules": list(qat_modules(model)),
+        }
         self._set_phase(state)
 
     def on_step_begin(
@@ -260,11 +265,8 @@ class QATCallback(TrainerCallback):
 
     def _check_resumed(self, model: nn.Module, state: TrainerState, start: int) -> None:
         record = (state.stateful_callbacks or {}).get(_RECORD)
-        if record is not None and record["scheme"] != self.scheme.name:
-            raise ValueError(
-                f"the checkpoint was trained for scheme {record['scheme']!r}, but this QATCallback has "
-                f"{self.scheme.name!r}. Use the same scheme, or start a new run from the checkpoint's weights."
-            )
+        if record is not None:
+            self._check_record(record, set(qat_modules(model)))
         inputs = _static_inputs(model)
         if state.global_step > start and inputs and not any(fake_quant.observed for fake_quant in inputs):
             raise ValueError(
@@ -273,6 +275,21 @@ class QATCallback(TrainerCallback):
                 "late to load them: pass it to Trainer(callbacks=[...]), or call .attach(trainer) before train() if "
                 "the Trainer has a `model_init`. If the checkpoint was saved without QATCallback, set `start_step` "
                 f"to {state.global_step} or later."
+            )
+
+    def _check_record(self, record: dict[str, Any], modules: set[str]) -> None:
+        """What the checkpoint was trained for is what it must go on as."""
+        if record["scheme"] != self.scheme.name:
+            raise ValueError(
+                f"the checkpoint was trained for scheme {record['scheme']!r}, but this QATCallback has "
+                f"{self.scheme.name!r}. Use the same scheme, or start a new run from the checkpoint's weights."
+            )
+        for name in sorted(modules ^ set(record["modules"])):
+            there, here = ("", "not ") if name in record["modules"] else ("not ", "")
+            raise ValueError(
+                f"the checkpoint was trained with {name} {there}quantized, but in this QATCallback it is {here}"
+                "quantized. Use the same `targets`, `ignore` and `embeddings`, or start a new run from the "
+                "checkpoint's weights."
             )
 
 
