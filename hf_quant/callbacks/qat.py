@@ -18,9 +18,9 @@ from ..quantization.post_training import require_unquantized
 from ..quantization.qat import ActivationFakeQuantize, QATConv1D, QATState, prepare, qat_modules
 from ..runtime.modules import int8_modules
 from ..schemes import Scheme, get_scheme
+from ..tables import conversion_table, print_table, selection_line
 from ..targets import Selection, select_modules
 from .base import check_step, join_trainer, resolve_step
-from .table import conversion_table, print_table
 
 logger = logging.getLogger(__name__)
 
@@ -158,6 +158,8 @@ class QATCallback(TrainerCallback):
             "modules": list(qat_modules(model)),
         }
         self._set_phase(state)
+        if state.is_world_process_zero and self._selection is not None:
+            print(f"QAT {selection_line(self.scheme, self._selection)}; fake-quant from step {start}")
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
