@@ -223,17 +223,20 @@ def _own_task(model: str, text_columns: list[str], label_column: str) -> Task:
 
 def _processing_class(model: str) -> Any:
     """The tokenizer or processor that lies with a model, to be saved along; `None` where there is none."""
-    from transformers import AutoProcessor
+    from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor
 
     from .evaluation.predict import find_tokenizer
 
+    # Only where such a file lies there: without one, AutoProcessor makes up a tokenizer that knows no word.
+    if any((Path(model) / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+        for kind in (AutoProcessor, AutoImageProcessor, AutoFeatureExtractor):
+            try:
+                return kind.from_pretrained(model)
+            except (OSError, ValueError, TypeError):
+                continue  # the folder holds another kind
     try:
         return find_tokenizer(None, [model])
     except ValueError:
-        pass  # a model of images or sound, or one without anything beside it
-    try:
-        return AutoProcessor.from_pretrained(model)
-    except (OSError, ValueError):
         typer.echo(f"{model} has no tokenizer or processor beside it; none is saved", err=True)
         return None
 

@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -17,10 +20,18 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
     TrainingArguments,
 )
+
+from hf_quant import quantize_dynamic
+from hf_quant.checkpoint import attach_quantizer
+from hf_quant.quantization.convert import convert_qat
+from hf_quant.quantization.qat import prepare
+from hf_quant.schemes import SCHEMES
+from hf_quant.targets import select_modules
 
 VOCAB = 96
 
@@ -187,3 +198,27 @@ def folder_bytes(folder: str | Path) -> dict[str, bytes]:
     """Every file below a folder, by relative path."""
     root = Path(folder)
     return {str(file.relative_to(root)): file.read_bytes() for file in sorted(root.rglob("*")) if file.is_file()}
+
+
+def int8_model(model: PreTrainedModel, scheme: str) -> Any:
+    """The model in int8, whatever the scheme; static ranges are observed on fixed rows, without training."""
+    if SCHEMES[scheme].activations != "static":
+        return quantize_dynamic(model, scheme, progress=False)
+    selection = select_modules(model)
+    state = prepare(model, SCHEMES[scheme], selection)
+    state.observing = state.fake_quantizing = True
+    with torch.no_grad():
+        model.train()(**Sentences(16, seed=5).batch(16))
+    convert_qat(model, state, SCHEMES[scheme], selection, [Sentences(4, seed=6).batch(4)])
+    attach_quantizer(model)
+    return model.eval()
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Whole words `w3` to `w95` and BERT's special tokens."""
+    words = {"[PAD]": 0, "[UNK]": 1, "[SEP]": 2, **{f"w{index}": index for index in range(3, VOCAB)}}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", sep_token="[SEP]", model_max_length=32
+    )

@@ -16,7 +16,7 @@ Kernel = Literal["onednn", "int_mm", "reference"]
 KERNELS: tuple[Kernel, ...] = ("onednn", "int_mm", "reference")
 
 # u8 = s8 + 128: oneDNN's int8 products are fast for unsigned activations; for signed ones CPUs without AMX fall
-# into a scalar reference a thousand times slower.
+# into a scalar reference, thousands of times slower.
 _SHIFT = 128
 
 _forced: ContextVar[Kernel | None] = ContextVar("hf_quant_kernel", default=None)

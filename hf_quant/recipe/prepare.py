@@ -1,0 +1,153 @@
+"""Everything that can be known before training: files, labels, model, patterns. Nothing is written here."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .data import load_labels, load_rows, tokenize
+from .source import KeyPath, Problem, RecipeError
+from .training import training_arguments
+from .values import nearest
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..evaluation.tasks import Task
+    from .schema import Recipe
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe with all that its run needs, known to fit together.
+
+    Args:
+        recipe ([`Recipe`]): the recipe.
+        task ([`Task`]): its columns, labels and metrics.
+        encoded (`dict[str, datasets.Dataset]`): tokenized rows by `"train"` and `"validation"`.
+        config (`transformers.PretrainedConfig`): of the model, with the task's labels.
+        model (`transformers.PreTrainedModel`): the float model, in float32.
+        new_weights (`list[str]`): names of its parameters that no checkpoint had, such as a new head's.
+        tokenizer (`PreTrainedTokenizerBase`): of the model.
+        max_length (`int` or `None`): tokens at which texts are cut.
+        precision (`str`): of the training, and why.
+    """
+
+    recipe: Recipe
+    task: Task
+    encoded: dict[str, Dataset]
+    config: PretrainedConfig
+    model: PreTrainedModel
+    new_weights: list[str]
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int | None
+    precision: str
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Loads what a recipe names and makes every check that needs no training.
+
+    Raises:
+        [`RecipeError`]: with what is wrong, each at its place in the file.
+    """
+    from transformers import AutoConfig
+
+    from ..evaluation.predict import find_tokenizer, length_limit
+    from ..quantization.post_training import require_unquantized
+    from ..targets import select_modules
+
+    problems = _check_folders(recipe)
+    task = recipe.to_task()
+    rows: dict[str, Dataset] = {}
+    precision = ""
+    try:
+        _, precision = training_arguments(recipe.training, recipe.output, recipe.seed, recipe.source)
+    except RecipeError as error:
+        problems += error.problems
+    try:
+        rows = load_rows(recipe, task)
+    except RecipeError as error:
+        problems += error.problems
+    if problems:
+        raise RecipeError(problems)
+
+    with _at(recipe, ("model",)):
+        config = AutoConfig.from_pretrained(recipe.model, num_labels=task.num_labels, problem_type=task.problem_type)
+        tokenizer = find_tokenizer(None, [recipe.model])
+    labels = load_labels(recipe, task, rows, config)
+    with _at(recipe, ("model",)):
+        model, new_weights = load_model(recipe, config)
+        require_unquantized(model)
+    with _at(recipe, ("quantization",)):
+        wanted = recipe.quantization
+        select_modules(model, wanted.targets, wanted.ignore, wanted.embeddings)
+        recipe.callbacks()
+    with _at(recipe, ("data", "max_length")):
+        max_length = length_limit(tokenizer, [model], recipe.data.max_length)
+    encoded = tokenize(recipe, task, rows, labels, tokenizer, max_length)
+    return Prepared(recipe, task, encoded, config, model, new_weights, tokenizer, max_length, precision)
+
+
+def load_model(recipe: Recipe, config: PretrainedConfig) -> tuple[PreTrainedModel, list[str]]:
+    """The recipe's model in float32, a new head drawn from the recipe's seed.
+
+    Args:
+        recipe ([`Recipe`]): names the model.
+        config (`transformers.PretrainedConfig`): with the task's labels.
+
+    Returns:
+        `tuple[PreTrainedModel, list[str]]`: the model, and the parameters that its checkpoint did not have.
+
+    Raises:
+        `ValueError`: if the weights do not fit the config, or less than half of them are there.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification, set_seed
+
+    set_seed(recipe.seed)
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            recipe.model, config=config, dtype=torch.float32, output_loading_info=True
+        )
+    except RuntimeError as error:
+        raise ValueError(f"{recipe.model} could not be loaded with {config.num_labels} labels: {error}") from error
+    new = sorted(info["missing_keys"])
+    if 2 * len(new) > len(list(model.parameters())):
+        raise ValueError(
+            f"{recipe.model} lacks {len(new)} weights of {type(model).__name__}, such as {new[0]}: it is no "
+            "checkpoint of that model. Give one that was pretrained"
+        )
+    return model, new
+
+
+def _check_folders(recipe: Recipe) -> list[Problem]:
+    """Problems of the folders that `model` and `baseline` name."""
+    problems = []
+    model, baseline = recipe.model, recipe.evaluation.baseline
+    # A hub id has at most one slash; a path that begins with a dot, a slash or a tilde is never one.
+    local = model.count("/") > 1 or model[0] in "./~" or Path(model).exists()
+    if local and not (Path(model) / "config.json").is_file():
+        problems.append(recipe.source.problem(("model",), _no_model(model)))
+    if baseline not in ("train", "none") and not (Path(baseline) / "config.json").is_file():
+        hint = nearest(baseline, ("train", "none"))
+        message = f"`baseline` must be `train`, `none` or the folder of a float model; {_no_model(baseline)}{hint}"
+        problems.append(recipe.source.problem(("evaluation", "baseline"), message))
+    return problems
+
+
+def _no_model(path: str) -> str:
+    what = "has no config.json" if Path(path).is_dir() else "is no folder"
+    return f"{path} {what} (relative paths start from {Path.cwd()})"
+
+
+@contextlib.contextmanager
+def _at(recipe: Recipe, place: KeyPath) -> Iterator[None]:
+    """Gives what other modules raise the place in the recipe that it is about."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise RecipeError([recipe.source.problem(place, f"`{place[-1]}`: {error}")]) from error

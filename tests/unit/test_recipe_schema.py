@@ -1,0 +1,391 @@
+"""Recipes: what is read, what is refused, and where the message points."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_quant.recipe.schema import Data, Evaluation, Quantization, Recipe
+from hf_quant.recipe.source import RecipeError, Source
+from hf_quant.recipe.training import native_bf16, training_arguments
+from hf_quant.recipe.values import check_type, describe, fits
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+GOOD = """\
+model: some/model
+data:
+  train: train.csv
+  validation: validation.csv
+  text_columns: [text]
+training:
+  learning_rate: 5e-5
+  num_train_epochs: 2
+quantization:
+  scheme: int8_static
+  start_step: 0.5
+output: out
+"""
+
+
+def read(tmp_path: Path, text: str) -> Recipe:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return Recipe.from_yaml(path)
+
+
+def errors(tmp_path: Path, text: str) -> list[str]:
+    """Messages without the folder: `recipe.yaml:3:1: ...`."""
+    with pytest.raises(RecipeError) as caught:
+        read(tmp_path, text)
+    return [line.removeprefix(f"{tmp_path}/") for line in str(caught.value).splitlines()]
+
+
+def test_values_are_read(tmp_path: Path) -> None:
+    recipe = read(tmp_path, GOOD)
+    assert recipe.model == "some/model"
+    assert recipe.data == Data(train="train.csv", validation="validation.csv", text_columns=["text"])
+    assert recipe.training == {"learning_rate": 5e-5, "num_train_epochs": 2}
+    assert recipe.quantization == Quantization(scheme="int8_static", start_step=0.5, freeze_step=0.9)
+    assert recipe.evaluation == Evaluation(baseline="train")
+    assert (recipe.output, recipe.seed, recipe.task) == ("out", 42, None)
+
+
+def test_number_without_a_point_is_a_number(tmp_path: Path) -> None:
+    # YAML 1.1, and so PyYAML, reads 5e-5 as text.
+    assert yaml.safe_load("x: 5e-5") == {"x": "5e-5"}
+    for written, value in (("5e-5", 5e-5), ("1E3", 1000.0), ("-2e+1", -20.0), (".5e0", 0.5), ("3.e1", 30.0)):
+        text = GOOD.replace("5e-5", written)
+        assert read(tmp_path, text).training["learning_rate"] == value
+    assert errors(tmp_path, GOOD.replace("5e-5", '"5e-5"')) == [
+        "recipe.yaml:7:18: `training.learning_rate` must be a number, but is '5e-5'"
+    ]
+
+
+def test_an_empty_section_is_its_defaults(tmp_path: Path) -> None:
+    recipe = read(tmp_path, "model: m\ntask: mrpc\ntraining:\nquantization:\nevaluation:\noutput: o\n")
+    assert (recipe.quantization, recipe.evaluation, recipe.training) == (Quantization(), Evaluation(), {})
+    assert recipe.to_task().metrics == ("accuracy", "f1")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("  scheme:", "  schem:", "10:3: unknown key `schem` in `quantization`; did you mean `scheme`?"),
+        ("output: out", "outptu: out\noutput: out", "12:1: unknown key `outptu`; did you mean `output`?"),
+        ("  num_train", "  num_trian", "8:3: unknown key `num_trian_epochs` in `training`; did you mean "),
+        ("  train:", "  zzz: 1\n  train:", "3:3: unknown key `zzz` in `data`; allowed: train, validation, "),
+        ("int8_static", "int8_statik", "10:11: `quantization.scheme` cannot be 'int8_statik'; did you mean `int8"),
+        ("int8_static", "8", "10:11: `quantization.scheme` must be text, but is 8"),
+        ("[text]", "text", "5:17: `data.text_columns` must be a list of texts or null, but is 'text'"),
+        ("[text]", "[]", "5:17: `data.text_columns` is empty; give a value or remove the key"),
+        ("[text]", "[a, b, c]", "2:1: Task 'data': `text_columns` must name one column of text or two"),
+        ("  validation: validation.csv\n", "", "2:1: `validation` is missing in `data`"),
+        ("output: out\n", "", "1:1: `output` is missing"),
+        ("model: some/model", "model:", "1:7: `model` must be text, but is empty"),
+        ("output: out", 'output: ""', "12:9: `output` is empty; give a value or remove the key"),
+        ("output: out", "output: out\nseed: -1", "13:7: `seed` must be 0 or more, but is -1"),
+        ("output: out", "output: out\nseed: 1.5", "13:7: `seed` must be a whole number, but is 1.5"),
+        ("output: out", "output: out\nseed: true", "13:7: `seed` must be a whole number, but is true"),
+        ("output: out", "output: out\ntask: mrcp", "13:7: unknown task 'mrcp'"),
+        ("output: out", "output: out\ntask: mrpc", "3:3: `train` cannot stand beside `task: mrpc`"),
+        ("  train:", "  data_dir: x\n  train:", "3:3: `data_dir` goes with `task`"),
+        ("[text]", "[text]\n  metrics: [acuracy]", "6:12: Task 'data': unknown metric 'acuracy'"),
+        ("[text]", "[text]\n  num_labels: 1", "2:1: Task 'data': classification needs `num_labels` of 2 or more"),
+        ("[text]", "[text]\n  problem_type: regresion", "6:17: `data.problem_type` cannot be 'regresion'"),
+        ("start_step: 0.5", "start_step: 1.0", "11:15: `start_step` must be a whole number of steps"),
+        ("start_step: 0.5", "start_step: -1", "11:15: `start_step` must be a whole number of steps"),
+        ("start_step: 0.5", "start_step: half", "11:15: `quantization.start_step` must be a number, but"),
+        ("start_step: 0.5", "freeze_step: 0.5\n  start_step: 0.5", "11:16: `freeze_step` (0.5) must come after"),
+        ("start_step: 0.5", "start_step: 0.95", "11:15: `freeze_step` (0.9) must come after `start_step` (0.95)"),
+        ("start_step: 0.5", "start_step: 0.5\n  embeddings: 1", "12:15: `quantization.embeddings` must be true or"),
+        ("training:\n", "training:\n  seed: 1\n", "7:3: `seed` does not belong in `training`: it is a key"),
+        ("training:\n", "training:\n  output_dir: x\n", "7:3: `output_dir` does not belong in `training`"),
+        ("training:\n", "training:\n  hub_token: x\n", "7:3: `hub_token` does not belong in `training`: a"),
+        ("training:\n", "training:\n  warmup_ratio: 0.1\n", "7:3: `warmup_ratio` is gone from TrainingArguments; use"),
+        ("training:\n", "training:\n  optim: adamw_torhc\n", "7:10: `training.optim` cannot be 'adamw_torhc'; did"),
+        (
+            "training:\n",
+            "training:\n  eval_strategy: no\n",
+            "7:18: `training.eval_strategy` must be one of no, steps, epoch, but is false; "
+            'YAML reads a bare `no` as false: write "no"',
+        ),
+        ("training:\n", "training:\n  bf16: autom\n", "7:9: `training.bf16` cannot be 'autom'; did you mean `auto`?"),
+        ("training:\n", "training:\n  max_steps: 1.5\n", "7:14: `training.max_steps` must be a whole number, but"),
+        ("training:\n", "training:\n  weight_decay: .nan\n", "7:17: `training.weight_decay` must be a number"),
+        ("training:\n", "training: 3\nx:\n", "6:11: `training` must be a mapping, but is 3"),
+        ("output: out", "output: out\nevaluation: {batch_size: 0}", "13:26: `evaluation.batch_size` must be 1 or"),
+        ("output: out", "output: out\noutput: b", "13:1: key `output` is repeated (first on line 12)"),
+        ("output: out", "output: out\n1: b", "13:1: a key must be text, but this is '1'; put it in quotes"),
+        ("output: out", "output: 2024-01-01", "12:9: '2024-01-01' reads as YAML `timestamp`, which"),
+        ("output: out", "output: !!python/name:os.system ''", "12:9: '' reads as YAML `python/name:os.system`"),
+        ("output: out", "output: !!int x", "12:9: 'x' is no int"),
+        ("output: out", "output: &a out\nmodel2: *a", "13:9: a recipe has no aliases (`*a`); write the value out"),
+        ("output: out", "output: [out", "13:1: not valid YAML: "),
+        ("output: out", "output: out\n---\nmodel: b", "13:1: not valid YAML: but found another document"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_named_with_its_place(tmp_path: Path, old: str, new: str, expected: str) -> None:
+    text = GOOD.replace(old, new, 1)
+    assert text != GOOD
+    found = errors(tmp_path, text)
+    assert any(line.startswith(f"recipe.yaml:{expected}") for line in found), found
+
+
+def test_all_errors_come_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
+    text = (
+        GOOD.replace("train:", "trian:", 1).replace("5e-5", "fast").replace("scheme", "schem").replace("out\n", "\n")
+    )
+    assert [line.split(": ")[0] for line in errors(tmp_path, text)] == [
+        "recipe.yaml:2:1",  # `train` is missing in `data`
+        "recipe.yaml:3:3",
+        "recipe.yaml:7:18",
+        "recipe.yaml:10:3",
+        "recipe.yaml:12:8",
+    ]
+
+
+def test_an_unreadable_value_is_told_once(tmp_path: Path) -> None:
+    found = errors(tmp_path, GOOD.replace("start_step: 0.5", "start_step: 2024-01-01"))
+    assert len(found) == 1
+    assert "timestamp" in found[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "1:1: the recipe is empty"),
+        (b"# nothing\n", "1:1: the recipe is empty"),
+        (b"- a\n- b\n", "1:1: a recipe is a mapping of keys to values"),
+        (b"\xff\xfe\x00\x01", "1:1: not a text file in UTF-8"),
+        (b"model: a\x07b\n", "1:1: not valid YAML: "),
+        (b"[" * 900 + b"]" * 900, "1:1: not valid YAML: nested too deeply"),
+        (b'model: "\\UFFFFFFFF"\n', "1:1: not valid YAML: "),
+    ],
+)
+def test_files_that_are_no_recipes(tmp_path: Path, content: bytes, expected: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    with pytest.raises(RecipeError) as caught:
+        Recipe.from_yaml(path)
+    assert str(caught.value).startswith(f"{path}:{expected}")
+
+
+def test_missing_file_and_folder(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml does not exist; give the path of a recipe"):
+        Recipe.from_yaml(tmp_path / "nowhere.yaml")
+    with pytest.raises(FileNotFoundError, match="is a folder, not a recipe"):
+        Recipe.from_yaml(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "start", "freeze", "expected"),
+    [
+        (10, 2, 0.9, None),
+        (10, 9, 0.9, r"`freeze_step` \(0.9\) must come after `start_step` \(9\)"),
+        (10, 0.31, 0.39, r"`freeze_step` \(0.39\) must come after `start_step` \(0.31\)"),  # both are step 4
+        (10, 10, 11, r"`start_step` \(10\) must come before the end of training \(10 steps\)"),
+        (None, 9, 0.9, None),  # nobody knows yet how many steps there will be
+        (None, 9, 8, r"`freeze_step` \(8\) must come after `start_step` \(9\)"),
+    ],
+)
+def test_steps_are_compared_where_they_can_be(
+    max_steps: int | None, start: float, freeze: float, expected: str | None
+) -> None:
+    def make() -> Recipe:
+        return Recipe(
+            model="m",
+            output="o",
+            task="mrpc",
+            training={} if max_steps is None else {"max_steps": max_steps},
+            quantization=Quantization(start_step=start, freeze_step=freeze),
+        )
+
+    if expected is None:
+        assert make().quantization.start_step == start
+    else:
+        with pytest.raises(RecipeError, match=f"^{expected}"):  # no file, so no place in it
+            make()
+
+
+def test_recipe_made_in_python_is_checked_too() -> None:
+    with pytest.raises(RecipeError, match=r"`data\.max_length` must be 1 or more, but is 0\n"):
+        Recipe(model="m", output="o", data=Data(max_length=0), quantization=Quantization(scheme="x"))
+
+
+def test_callbacks_carry_the_settings() -> None:
+    wanted = Quantization("int8_dynamic", start_step=3, freeze_step=7, ignore=["a*"], embeddings=False)
+    recipe = Recipe(model="m", output="o", task="sst2", quantization=wanted)
+    (callback,) = recipe.callbacks()
+    got: Any = callback
+    assert got.scheme.name == "int8_dynamic"
+    assert (got.start_step, got.freeze_step, got.ignore, got.targets, got.embeddings) == (3, 7, ["a*"], None, False)
+    assert recipe.callbacks()[0] is not callback
+
+
+_texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
+_steps = st.one_of(st.integers(0, 400), st.floats(0, 0.5))
+_recipes = st.builds(
+    Recipe,
+    model=_texts,
+    output=_texts,
+    task=st.sampled_from(["mrpc", "stsb"]),
+    data=st.builds(Data, data_dir=st.none() | _texts, max_length=st.none() | st.integers(1, 999)),
+    training=st.fixed_dictionaries(
+        {},
+        optional={
+            "learning_rate": st.floats(0, 1e300),
+            "num_train_epochs": st.integers(1, 99),
+            "run_name": _texts,
+            "bf16": st.sampled_from(["auto", True, False]),
+            "lr_scheduler_kwargs": st.dictionaries(_texts, st.floats(-1e9, 1e9) | _texts, max_size=2),
+        },
+    ),
+    quantization=st.builds(
+        lambda scheme, start, patterns, embeddings: Quantization(
+            scheme, start, 500 if isinstance(start, int) else 0.9, patterns, None, embeddings
+        ),
+        st.sampled_from(["int8_static", "int8_dynamic", "int8_weight_only"]),
+        _steps,
+        st.none() | st.lists(_texts, min_size=1, max_size=3),
+        st.booleans(),
+    ),
+    evaluation=st.builds(Evaluation, baseline=_texts, max_samples=st.none() | st.integers(1, 10**6)),
+    seed=st.integers(0, 2**40),
+)
+
+
+@given(_recipes)
+@settings(max_examples=60)
+def test_yaml_round_trip(tmp_path_factory: pytest.TempPathFactory, recipe: Recipe) -> None:
+    path = tmp_path_factory.getbasetemp() / "round.yaml"
+    path.write_text(recipe.to_yaml(), encoding="utf-8")
+    again = Recipe.from_yaml(path)
+    assert again == recipe
+    assert again.to_yaml() == recipe.to_yaml()
+
+
+_mutations = st.lists(
+    st.tuples(
+        st.integers(0, len(GOOD)),
+        st.integers(0, 6),
+        st.sampled_from([*"'\n\t\"?é}[:", "", "- ", "*a", "&a ", "!!int ", "1e999", "null", "0x", "<<: "]),
+    ),
+    min_size=1,
+    max_size=4,
+)  # fmt: skip
+
+
+@given(_mutations)
+@settings(max_examples=300)
+def test_no_mutation_ends_in_anything_but_a_recipe_error(
+    tmp_path_factory: pytest.TempPathFactory, mutations: list[tuple[int, int, str]]
+) -> None:
+    text = GOOD
+    for place, length, new in mutations:
+        text = text[:place] + new + text[place + length :]
+    path = tmp_path_factory.getbasetemp() / "mutated.yaml"
+    path.write_text(text, encoding="utf-8")
+    try:
+        recipe = Recipe.from_yaml(path)
+    except RecipeError as error:
+        problems = error.problems
+    else:
+        problems = []
+        assert recipe.to_dict()["model"] == recipe.model
+    for problem in problems:
+        assert str(problem).startswith(f"{path}:{problem.line}:{problem.column}: ")
+        assert problem.line > 0
+        assert problem.column > 0
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "fitting"),
+    [
+        (1, int, True),
+        (True, int, False),
+        (1, float, True),
+        (True, float, False),
+        (float("inf"), float, False),
+        (10**400, float, False),
+        (10**400, int, True),
+        ("a", str, True),
+        (None, str, False),
+        (None, str | None, True),
+        (["a"], list[str], True),
+        (["a", 1], list[str], False),
+        ({}, dict[str, Any], True),
+        ([], dict, False),
+        (0, bool, False),
+        (1, object, False),
+    ],
+)
+def test_fits(value: Any, hint: Any, fitting: bool) -> None:
+    assert fits(value, hint) is fitting
+    assert (check_type(value, hint, ("x",), Source()) == []) is fitting
+
+
+def test_describe() -> None:
+    assert describe(int | float) == "a number"
+    assert describe(list[str] | None) == "a list of texts or null"
+    assert describe(dict[str, Any] | str | None) == "a mapping or text or null"
+
+
+def test_training_arguments_refusals_point_at_the_section(tmp_path: Path) -> None:
+    text = GOOD.replace("training:\n", "training:\n  load_best_model_at_end: true\n")
+    recipe = read(tmp_path, text)  # each value is right by itself
+    with pytest.raises(RecipeError, match=r"recipe\.yaml:6:1: TrainingArguments refuses the `training` section: .*"):
+        training_arguments(recipe.training, str(tmp_path / "o"), 1, recipe.source)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"avx512_bf16": True}, (True, "this CPU has avx512_bf16")),
+        ({"amx_bf16": True, "avx512_bf16": True}, (True, "this CPU has amx_bf16")),
+        ({"avx512_f": True, "avx512_bf16": False}, (False, "this CPU has no native bfloat16")),
+    ],
+)
+def test_bf16_auto(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capabilities: dict[str, bool], expected: tuple[bool, str]
+) -> None:
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: capabilities)
+    assert native_bf16(use_cpu=True) == expected
+    for section in ({"bf16": "auto", "use_cpu": True}, {"bf16": "auto"}):
+        if torch.cuda.is_available() and "use_cpu" not in section:
+            continue  # then it is the GPU that counts
+        args, precision = training_arguments(section, str(tmp_path), 1, Source())
+        assert args.bf16 is expected[0]
+        assert args.device.type == "cpu"
+        assert precision == f"{'bfloat16' if expected[0] else 'float32'} ({expected[1]})"
+
+
+def test_shipped_recipes_are_right() -> None:
+    files = sorted((REPOSITORY / "recipes").glob("*.yaml"))
+    assert [file.name for file in files] == ["mrpc-qat.yaml", "quickstart.yaml", "sst2-qat.yaml"]
+    for file in files:
+        assert Recipe.from_yaml(file).training["bf16"] == "auto"
+
+
+def test_the_readme_describes_every_key() -> None:
+    text = (REPOSITORY / "recipes" / "README.md").read_text(encoding="utf-8")
+    for kind in (Recipe, Data, Quantization, Evaluation):
+        for field in dataclasses.fields(kind):
+            assert field.name == "source" or f"`{field.name}`" in text, field.name
+
+
+def test_importing_the_schema_and_reading_without_training_loads_no_torch(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(GOOD.replace("  learning_rate: 5e-5\n  num_train_epochs: 2\n", ""))
+    code = f"import sys; from hf_quant.recipe.schema import Recipe; Recipe.from_yaml({str(path)!r}); "
+    code += "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
