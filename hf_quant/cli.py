@@ -104,12 +104,19 @@ def quantize(
 ) -> None:
     """Quantize a trained model without training it, and save it; with --task, compare it with the float model."""
     from .checkpoint import require_free_folder, save_quantized
-    from .quantization.post_training import quantize_dynamic
+    from .quantization.post_training import load_float, quantize_dynamic
+    from .schemes import get_scheme
+    from .tables import selection_table
+    from .targets import select_modules
 
     require_free_folder(output, overwrite)
     _find_task_data(task, data_dir)
     _quiet()
-    int8 = quantize_dynamic(model, scheme, targets=targets, ignore=ignore, embeddings=embeddings)
+    chosen = get_scheme(scheme)
+    float_model = load_float(model)
+    selection = select_modules(float_model, targets, ignore, embeddings)
+    int8 = quantize_dynamic(float_model, chosen, targets=targets, ignore=ignore, embeddings=embeddings, inplace=True)
+    _console().print(selection_table(chosen, selection))
     save_quantized(int8, output, processing_class=_processing_class(model), overwrite=overwrite)
     typer.echo(f"saved the int8 model to {output}")
     if task is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.core_model_loading import dot_natural_key
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -58,7 +59,9 @@ class HfQuantQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The model's own state dict is the layout; what it holds may have changed since it was quantized."""
         self.quantization_config.layout = quantization_config(model)
-        return model.state_dict(), {}
+        # In the order in which transformers itself writes a model that it loaded, so that shards are cut alike.
+        state = model.state_dict()
+        return {name: state[name] for name in sorted(state, key=dot_natural_key)}, {}
 
     def is_serializable(self) -> bool:
         """Saving is what this class is for."""

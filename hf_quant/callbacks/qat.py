@@ -86,7 +86,8 @@ class QATCallback(TrainerCallback):
         self.scheme = get_scheme(scheme)
         check_step("start_step", start_step)
         check_step("freeze_step", freeze_step)
-        if type(start_step) is type(freeze_step) and start_step >= freeze_step:
+        static = self.scheme.activations == "static"
+        if static and type(start_step) is type(freeze_step) and start_step >= freeze_step:
             _raise_no_phase(start_step, freeze_step)
         self.start_step = start_step
         self.freeze_step = freeze_step

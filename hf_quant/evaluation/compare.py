@@ -220,7 +220,7 @@ def _layer_sqnr(
     """SQNR of the int8 layers, on a few small batches spread over the lengths of the texts."""
     float_layers = dict(pair["float"].named_modules())
     names = [name for name in int8_modules(pair["int8"]) if name in float_layers]
-    if not names:
+    if not names or not _same_weights(pair):
         return {}
     by_length = sorted(encoded, key=lambda row: len(row["input_ids"]))
     wanted = min(len(by_length), SQNR_BATCHES * SQNR_BATCH_SIZE)
@@ -229,6 +229,19 @@ def _layer_sqnr(
     inputs = [forward_arguments(pair["float"], batch) for _, batch in batches(few, tokenizer, size)]
     with progress_bar("Error by layer", len(inputs), progress) as advance:
         return layer_sqnr(pair["float"], pair["int8"], inputs, names, advance)
+
+
+def _same_weights(pair: dict[str, PreTrainedModel]) -> bool:
+    """Whether one model was made from the other's weights, judged by what both hold in float.
+
+    A model trained with QAT and a float twin differ by their training; that is no layer's quantization error.
+    """
+    floats = dict(pair["float"].named_parameters())
+    common = [(value, floats[name]) for name, value in pair["int8"].named_parameters() if name in floats]
+    return all(
+        value.shape == other.shape and torch.equal(value.cpu(), other.to("cpu", value.dtype))
+        for value, other in common
+    )
 
 
 def _latency(

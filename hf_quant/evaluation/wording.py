@@ -236,6 +236,8 @@ def method(comparison: Comparison) -> list[str]:
             "SQNR: 10 log10 of signal over error of a layer's output, each model on its own activations, so that "
             "a layer carries the errors below it."
         )
+    elif comparison.int8_model.int8_layers:
+        lines.append("No SQNR by layer: the two models were trained apart, so their layers differ by more than int8.")
     machine = comparison.machine
     lines.append(
         f"Machine: {machine.cpu}; device {machine.device}, {machine.threads} "

@@ -303,7 +303,8 @@ def _check_quantization(section: dict[str, Any], training: dict[str, Any], sourc
     total = total if isinstance(total, int) and total > 0 else None
     start, freeze = (_in_steps(steps[key], total) for key in ("start_step", "freeze_step"))
     comparable = total is not None or type(steps["start_step"]) is type(steps["freeze_step"])
-    if comparable and freeze <= start:
+    static = not isinstance(scheme, str) or scheme not in SCHEMES or SCHEMES[scheme].activations == "static"
+    if static and comparable and freeze <= start:
         message = (
             f"`freeze_step` ({steps['freeze_step']}) must come after `start_step` ({steps['start_step']}): ranges are "
             "observed between them. Raise `freeze_step` or lower `start_step`"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +245,17 @@ def test_a_tokenizer_without_padding(pair: Any) -> None:
     with pytest.raises(ValueError, match=r"no padding token.*tokenizer\.pad_token = .*batch_size=1"):
         compare(*pair, data=labelled(), processing_class=plain, **QUICK)
     assert compare(*pair, data=labelled(8), processing_class=plain, batch_size=1, **QUICK).splits[0].samples == 8
+
+
+def test_models_trained_apart_have_no_error_by_layer(pair: Any, tokenizer: Any) -> None:
+    model, int8 = pair
+    apart = copy.deepcopy(model)
+    with torch.no_grad():
+        apart.classifier.weight += 0.01
+    found = compare(apart, int8, data=labelled(), processing_class=tokenizer, **QUICK)
+    assert found.layer_sqnr == {}
+    assert "trained apart" in str(found)
+    assert compare(model, int8, data=labelled(), processing_class=tokenizer, **QUICK).layer_sqnr
 
 
 # Refusals

@@ -86,7 +86,6 @@ def _train(root: Path) -> None:
     trainer = make_trainer(root.parent / "trained", callbacks=[QATCallback()])
     trainer.train()
     trainer.save_model(str(root / "bert-trained"))
-    (root / "bert-trained" / "training_args.bin").unlink()
 
 
 FOLDERS = [f"{name}-{scheme}" for name in LAYOUTS for scheme in sorted(SCHEMES)]

@@ -123,6 +123,13 @@ def test_conv1d_has_a_group_whose_format_plain_readers_refuse() -> None:
     assert set(read_schemes(config, tiny_gpt2())) == set(int8_modules(model))
 
 
+def test_float_conv1d_is_ignored_where_others_are_int8() -> None:
+    model = quantize_dynamic(tiny_gpt2(), ignore=["*.c_proj"], progress=False)
+    config = quantization_config(model)
+    assert "transformer.h.0.attn.c_proj" in config["ignore"]
+    assert set(read_schemes(config, tiny_gpt2())) == set(int8_modules(model))
+
+
 def test_model_without_an_int8_module() -> None:
     with pytest.raises(
         ValueError, match=r"BertForSequenceClassification has no int8 module\. Quantize it before"

@@ -389,3 +389,9 @@ def test_importing_the_schema_and_reading_without_training_loads_no_torch(tmp_pa
     code = f"import sys; from hf_quant.recipe.schema import Recipe; Recipe.from_yaml({str(path)!r}); "
     code += "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_freeze_step_means_nothing_without_static_ranges() -> None:
+    recipe = Recipe("m", "out", Quantization("int8_dynamic", start_step=0.95), task="mrpc")
+    (callback,) = recipe.callbacks()
+    assert callback.start_step == 0.95

@@ -1,0 +1,320 @@
+"""Bad input: an error with the value, what is allowed and the change to make; and nothing written or changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForSequenceClassification
+
+from hf_quant import QATCallback, load_quantized, quantize_dynamic, save_quantized
+from hf_quant.quantization.convert import ParityError
+from hf_quant.quantization.qat import qat_modules
+from hf_quant.runtime import kernels
+from hf_quant.runtime.modules import Int8Linear, int8_modules
+from tests.tiny import folder_bytes, logits, make_trainer, tiny_bert, tiny_llama
+
+
+class Unchanged:
+    """Asserts that a model is, object for object and bit for bit, what it was."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __enter__(self) -> None:
+        self.modules = [(name, type(module), id(module)) for name, module in self.model.named_modules()]
+        self.state = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.hooks = len(self.model._forward_pre_hooks)
+
+    def __exit__(self, *error: object) -> None:
+        assert [(name, type(module), id(module)) for name, module in self.model.named_modules()] == self.modules
+        state = self.model.state_dict()
+        assert list(state) == list(self.state)
+        assert all(torch.equal(value, self.state[name]) or value.isnan().any() for name, value in state.items())
+        assert len(self.model._forward_pre_hooks) == self.hooks
+
+
+class TestQuantizeDynamic:
+    def test_unknown_scheme(self) -> None:
+        model = tiny_bert()
+        with (
+            Unchanged(model),
+            pytest.raises(ValueError, match=r"unknown scheme 'int8'.*Choose one of: int8_dynamic, int8_static"),
+        ):
+            quantize_dynamic(model, "int8", inplace=True)
+
+    def test_static_scheme_needs_data(self) -> None:
+        with pytest.raises(
+            ValueError,
+            match=r"scheme 'int8_static' needs observed activation ranges.* Train with QATCallback\('int8_static'\), "
+            r"or choose one of: int8_dynamic, int8_weight_only\.",
+        ):
+            quantize_dynamic(tiny_bert(), "int8_static")
+
+    @pytest.mark.parametrize("inplace", [True, False])
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+    def test_weights_that_are_not_finite(self, bad: float, inplace: bool) -> None:
+        model = tiny_bert()
+        model.bert.encoder.layer[1].output.dense.weight.data[0, :2] = bad
+        with (
+            Unchanged(model),
+            pytest.raises(
+                ValueError,
+                match=r"the weight of bert\.encoder\.layer\.1\.output\.dense holds 2 NaN or infinite values of 1536, "
+                r"so it has no int8 range\. Start from a checkpoint whose training did not diverge\.",
+            ),
+        ):
+            quantize_dynamic(model, inplace=inplace, progress=False)
+
+    def test_pattern_that_matches_nothing(self) -> None:
+        model = tiny_bert()
+        with (
+            Unchanged(model),
+            pytest.raises(ValueError, match=r"pattern '\*\.quary' in `targets` matches no module; did you mean '\*\."),
+        ):
+            quantize_dynamic(model, targets=["*.quary"], inplace=True)
+
+    def test_no_quantizable_module(self) -> None:
+        with pytest.raises(ValueError, match=r"LayerNorm has no module that can be quantized"):
+            quantize_dynamic(nn.LayerNorm(3))
+
+    def test_int8_already(self, tmp_path: Path) -> None:
+        int8 = quantize_dynamic(tiny_bert(), progress=False)
+        save_quantized(int8, tmp_path / "int8")
+        for model in (int8, load_quantized(tmp_path / "int8")):
+            with pytest.raises(
+                ValueError,
+                match=r"is quantized already: 16 of its modules are int8, such as bert\.embeddings\.word_embeddings\. "
+                r"Start from the float model",
+            ):
+                quantize_dynamic(model)
+        before = folder_bytes(tmp_path)
+        with pytest.raises(
+            ValueError, match=r"is quantized already \(compressed-tensors\)\. Pass the float checkpoint"
+        ):
+            quantize_dynamic(tmp_path / "int8")
+        assert folder_bytes(tmp_path) == before
+
+    def test_quantized_by_another_reader(self, tmp_path: Path) -> None:
+        save_quantized(quantize_dynamic(tiny_bert(), progress=False), tmp_path / "int8")
+        plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "int8")
+        with pytest.raises(ValueError, match=r"is quantized already, with compressed-tensors\. Start from the float"):
+            quantize_dynamic(plain)
+
+    def test_folder_that_is_not_there(self, tmp_path: Path) -> None:
+        with pytest.raises((OSError, ValueError), match="absent"):
+            quantize_dynamic(str(tmp_path / "absent"))
+
+    def test_folder_without_a_config(self, tmp_path: Path) -> None:
+        with pytest.raises(
+            FileNotFoundError, match=r"has no config\.json, so it is not a model folder\. Check the path"
+        ):
+            quantize_dynamic(tmp_path)
+
+
+class TestSteps:
+    @pytest.mark.parametrize("name", ["start_step", "freeze_step"])
+    @pytest.mark.parametrize(
+        ("value", "error", "message"),
+        [
+            (-1, ValueError, r"`{}` counts optimizer steps, so it cannot be -1\. Use 0 or more\."),
+            (1.5, ValueError, r"`{}`=1\.5 is a float, so it is a share .* in \[0, 1\)\. Write 1 without a point"),
+            (1.0, ValueError, r"`{}`=1\.0 is a float.*Write 1 without a point to count steps"),
+            (-0.5, ValueError, r"`{}`=-0\.5 is a float"),
+            (float("nan"), ValueError, r"`{}`=nan is a float"),
+            (float("inf"), ValueError, r"`{}`=inf is a float"),
+            (True, TypeError, r"`{}` must be an int \(steps\) or a float in \[0, 1\) \(share of training\), got True"),
+            ("0.5", TypeError, r"`{}` must be an int .*, got '0\.5'"),
+            (None, TypeError, r"`{}` must be an int .*, got None"),
+        ],
+    )
+    def test_what_is_no_step(self, name: str, value: Any, error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message.format(name)):
+            QATCallback(**{name: value})
+
+    @pytest.mark.parametrize(("start", "freeze"), [(5, 5), (6, 5), (0.5, 0.5), (0.95, 0.9), (0, 0)])
+    def test_freeze_has_to_come_after_start(self, start: float, freeze: float) -> None:
+        with pytest.raises(
+            ValueError,
+            match=rf"`freeze_step` \({freeze}\) must come after `start_step` \({start}\): ranges are observed between "
+            r"them\. Lower `start_step` or raise `freeze_step`\.",
+        ):
+            QATCallback(start_step=start, freeze_step=freeze)
+
+    @pytest.mark.parametrize("scheme", ["int8_dynamic", "int8_weight_only"])
+    def test_schemes_without_ranges_have_nothing_to_freeze(self, scheme: str, tmp_path: Path) -> None:
+        trainer = make_trainer(tmp_path, callbacks=[QATCallback(scheme, start_step=0.95)], changes={"max_steps": 40})
+        trainer.train()
+        assert int8_modules(trainer.model)
+
+    def test_an_int_and_a_share_are_compared_when_the_number_of_steps_is_known(self, tmp_path: Path) -> None:
+        trainer = make_trainer(tmp_path, callbacks=[QATCallback(start_step=5, freeze_step=0.5)])
+        with pytest.raises(ValueError, match=r"`freeze_step` \(0\.5\) must come after `start_step` \(5\)"):
+            trainer.train()
+
+    @pytest.mark.parametrize("start", [8, 100])
+    def test_start_after_the_end(self, start: int, tmp_path: Path) -> None:
+        trainer = make_trainer(tmp_path, callbacks=[QATCallback(start_step=start, freeze_step=200)])
+        before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+        with pytest.raises(
+            ValueError,
+            match=rf"`start_step` \({start}, step {start}\) is not before the end of training \(8 steps\): no QAT "
+            r"phase is left\. Lower `start_step` or train longer\.",
+        ):
+            trainer.train()
+        assert all(torch.equal(value, before[name]) for name, value in trainer.model.named_parameters())
+        assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+    def test_training_stopped_before_anything_was_observed(self, tmp_path: Path) -> None:
+        from transformers import TrainerCallback
+
+        class Stop(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                control.should_training_stop = True
+
+        trainer = make_trainer(tmp_path, callbacks=[QATCallback(start_step=3), Stop()])
+        with pytest.raises(
+            RuntimeError,
+            match=r"training ended at step 1, before anything was observed \(`start_step` is step 3\), so the model was "
+            r"left in float\. Train past `start_step`, or lower it\.",
+        ):
+            trainer.train()
+        assert not int8_modules(trainer.model)
+
+
+class TestCallback:
+    def test_unknown_scheme(self) -> None:
+        with pytest.raises(ValueError, match=r"unknown scheme 'int8_statc'; did you mean 'int8_static'\?"):
+            QATCallback("int8_statc")
+
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ({"targets": ["*.qery"]}, ValueError, r"pattern '\*\.qery' in `targets` matches no module; did you mean"),
+            ({"ignore": ["clasifier"]}, ValueError, r"'clasifier' in `ignore` .*; did you mean 'classifier'\?"),
+            ({"targets": "*.query"}, TypeError, r"`targets` is a list of patterns, but '\*\.query' is a string"),
+            ({"ignore": ["*"]}, ValueError, r"nothing is left to quantize in BertForSequenceClassification"),
+        ],
+    )
+    def test_patterns(self, options: dict[str, Any], error: type[Exception], message: str, tmp_path: Path) -> None:
+        model = tiny_bert()
+        with Unchanged(model), pytest.raises(error, match=message):
+            make_trainer(tmp_path, model, [QATCallback(**options)])
+
+    def test_part_of_a_tied_group(self, tmp_path: Path) -> None:
+        model = tiny_llama()
+        with (
+            Unchanged(model),
+            pytest.raises(ValueError, match=r"lm_head shares its weight with model\.embed_tokens, which would stay"),
+        ):
+            make_trainer(tmp_path, model, [QATCallback(targets=["lm_head"])], causal=True)
+
+    def test_weights_that_are_not_finite(self, tmp_path: Path) -> None:
+        model = tiny_bert()
+        model.bert.pooler.dense.weight.data[0, 0] = float("nan")
+        with (
+            Unchanged(model),
+            pytest.raises(ValueError, match=r"the weight of bert\.pooler\.dense holds 1 NaN or infinite values"),
+        ):
+            make_trainer(tmp_path, model, [QATCallback()])
+
+    def test_training_that_diverges_ends_in_an_error_and_a_float_model(self, tmp_path: Path) -> None:
+        trainer = make_trainer(
+            tmp_path,
+            callbacks=[QATCallback()],
+            changes={"learning_rate": 1e30, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"},
+        )
+        with pytest.raises(ValueError, match=r"the weight of bert\..* holds \d+ NaN or infinite values"):
+            trainer.train()
+        assert not int8_modules(trainer.model)
+        assert len(qat_modules(trainer.model)) == 16
+
+    def test_model_quantized_by_another_library(self, tmp_path: Path) -> None:
+        save_quantized(quantize_dynamic(tiny_bert(), progress=False), tmp_path / "int8")
+        plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "int8")
+        with pytest.raises(ValueError, match="quantized"):
+            make_trainer(tmp_path, plain, [QATCallback()])
+
+    def test_failed_proof_keeps_the_float_model_and_names_the_layer(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A kernel that is wrong by one per cent in one layer."""
+        original = Int8Linear.forward
+
+        def wrong(self: Int8Linear, input: torch.Tensor) -> torch.Tensor:
+            output = original(self, input)
+            return output * 1.01 if self.out_features == 48 else output
+
+        trainer = make_trainer(
+            tmp_path, callbacks=[QATCallback()], changes={"save_strategy": "steps", "save_steps": 8}
+        )
+        monkeypatch.setattr(Int8Linear, "forward", wrong)
+        with pytest.raises(
+            ParityError,
+            match=r"bert\.encoder\.layer\.0\.intermediate\.dense: int8 and fake-quant differ by 40\.\d dB \(at least "
+            r"60 dB are needed\).* The model was left in float\. Put 'bert\.encoder\.layer\.0\.intermediate\.dense' "
+            r"into `ignore`",
+        ):
+            trainer.train()
+        assert not int8_modules(trainer.model)
+        assert len(qat_modules(trainer.model)) == 16
+        assert not hasattr(trainer.model, "hf_quantizer")
+        trainer.save_model(str(tmp_path / "float"))
+        plain, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "float", output_loading_info=True)
+        assert not info["missing_keys"]
+        monkeypatch.undo()
+        with kernels.use_kernel("reference"):
+            assert logits(plain).isfinite().all()
+
+    def test_failed_proof_of_the_output_names_the_least_exact_layer(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from hf_quant.quantization import convert
+
+        monkeypatch.setattr(convert, "MIN_LOGITS_SQNR", 1e9)
+        trainer = make_trainer(tmp_path, callbacks=[QATCallback()])
+        with pytest.raises(
+            ParityError,
+            match=r"the outputs of the int8 model differ from fake-quant by .* the least exact layer is bert",
+        ):
+            trainer.train()
+        assert not int8_modules(trainer.model)
+        assert len(qat_modules(trainer.model)) == 16
+
+
+class TestSave:
+    def test_float_model(self, tmp_path: Path) -> None:
+        with pytest.raises(
+            ValueError,
+            match=r"BertForSequenceClassification has no int8 module\. Quantize it first, with quantize_dynamic or QAT",
+        ):
+            save_quantized(tiny_bert(), tmp_path / "int8")
+        assert not list(tmp_path.iterdir())
+
+    def test_folder_that_is_not_empty(self, tmp_path: Path) -> None:
+        model = quantize_dynamic(tiny_bert(), progress=False)
+        (tmp_path / "full").mkdir()
+        (tmp_path / "full" / "notes.txt").write_text("mine")
+        before = folder_bytes(tmp_path)
+        with pytest.raises(
+            FileExistsError,
+            match=r"full is not empty\. Choose another output folder, or allow it to be overwritten \(`overwrite=True`",
+        ):
+            save_quantized(model, tmp_path / "full")
+        assert folder_bytes(tmp_path) == before
+        save_quantized(model, tmp_path / "full", overwrite=True)
+        assert (tmp_path / "full" / "notes.txt").read_text() == "mine"
+
+    def test_path_that_is_a_file(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("mine")
+        with pytest.raises(FileExistsError, match=r"file is a file, not a folder\. Choose another output folder\."):
+            save_quantized(quantize_dynamic(tiny_bert(), progress=False), tmp_path / "file", overwrite=True)
+        assert (tmp_path / "file").read_text() == "mine"
+
+    def test_empty_folder_is_free(self, tmp_path: Path) -> None:
+        (tmp_path / "empty").mkdir()
+        save_quantized(quantize_dynamic(tiny_bert(), progress=False), tmp_path / "empty")
+        assert (tmp_path / "empty" / "config.json").is_file()
