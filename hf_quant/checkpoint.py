@@ -103,8 +103,8 @@ def load_quantized(
     config.quantization_config = {"quant_method": METHOD, "layout": layout}
     cls = auto_class or architecture(config, path)
     model, info = cls.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
+    missing = sorted(set(info["missing_keys"]) - set(model.hf_quantizer.tied))
+    if missing:
         raise ValueError(
             f"{path} lacks {len(missing)} tensors of {type(model).__name__}, such as {missing[0]}; they would be "
             "random. The folder is incomplete, or was saved from another architecture: save it again."

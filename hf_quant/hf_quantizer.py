@@ -40,6 +40,10 @@ class HfQuantQuantizer(HfQuantizer):
     quantization_config: HfQuantConfig
     requires_calibration = True
 
+    def __init__(self, quantization_config: HfQuantConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.tied: dict[str, str] = {}
+
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         shell: Int8Linear | Int8Embedding
         for name, scheme in read_schemes(self.quantization_config.layout, model).items():
@@ -55,6 +59,18 @@ class HfQuantQuantizer(HfQuantizer):
                 bias = module.bias is not None
                 shell = Int8Linear(in_features, out_features, scheme, bias, transposed, weight.dtype, "meta")
             replace_module(model, name, shell)
+        # Tied weights are Parameters to transformers, which would look for them; int8 ones are tied afterwards.
+        tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        self.tied = {name: source for name, source in tied.items() if name not in parameters}
+        for name in self.tied:
+            del tied[name]
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for name, source in self.tied.items():
+            owner, _, buffer = name.rpartition(".")
+            setattr(model.get_submodule(owner), buffer, model.get_buffer(source))
+        return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The model's own state dict is the layout; what it holds may have changed since it was quantized."""

@@ -117,7 +117,11 @@ def _group(target: str, activations: dict[str, Any] | None, format: str) -> dict
 
 
 def _is_float_target(module: nn.Module, groups: Mapping[str, Any]) -> bool:
-    return isinstance(module, nn.Linear) or (isinstance(module, nn.Embedding) and "embedding" in groups)
+    from transformers.pytorch_utils import Conv1D
+
+    kinds = [nn.Linear]
+    kinds += [nn.Embedding] * ("embedding" in groups) + [Conv1D] * ("conv1d" in groups)
+    return isinstance(module, tuple(kinds))
 
 
 def _scheme(name: str, group: Mapping[str, Any]) -> Scheme:

@@ -133,6 +133,11 @@ def convert_qat(
         )
 
     mode, flags = model.training, (state.observing, state.fake_quantizing)
+    # Mixed precision as accelerate sets it up wraps `forward`. Through it both sides would differ by bfloat16's
+    # rounding, some 25 dB after a whole network, and that proves little.
+    wrapped = model.__dict__.get("forward")
+    if wrapped is not None and "_original_forward" in model.__dict__:
+        model.forward = model.__dict__["_original_forward"]
     model.eval()
     state.observing, state.fake_quantizing = False, True
     unobserved = {name for name in originals if name not in result.quantized}
@@ -157,6 +162,8 @@ def convert_qat(
         state.observing, state.fake_quantizing = flags
         raise
     finally:
+        if wrapped is not None:
+            model.forward = wrapped
         model.train(mode)
     if state.handle is not None:
         state.handle.remove()

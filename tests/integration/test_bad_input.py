@@ -92,9 +92,7 @@ class TestQuantizeDynamic:
             ):
                 quantize_dynamic(model)
         before = folder_bytes(tmp_path)
-        with pytest.raises(
-            ValueError, match=r"is quantized already \(compressed-tensors\)\. Pass the float checkpoint"
-        ):
+        with pytest.raises(ValueError, match=r"is quantized already \(compressed-tensors\)\. Pass the float"):
             quantize_dynamic(tmp_path / "int8")
         assert folder_bytes(tmp_path) == before
 
@@ -109,9 +107,7 @@ class TestQuantizeDynamic:
             quantize_dynamic(str(tmp_path / "absent"))
 
     def test_folder_without_a_config(self, tmp_path: Path) -> None:
-        with pytest.raises(
-            FileNotFoundError, match=r"has no config\.json, so it is not a model folder\. Check the path"
-        ):
+        with pytest.raises(FileNotFoundError, match=r"has no config\.json, so it is not a model folder\. Check"):
             quantize_dynamic(tmp_path)
 
 
@@ -178,8 +174,8 @@ class TestSteps:
         trainer = make_trainer(tmp_path, callbacks=[QATCallback(start_step=3), Stop()])
         with pytest.raises(
             RuntimeError,
-            match=r"training ended at step 1, before anything was observed \(`start_step` is step 3\), so the model was "
-            r"left in float\. Train past `start_step`, or lower it\.",
+            match=r"training ended at step 1, before anything was observed \(`start_step` is step 3\), so the "
+            r"model was left in float\. Train past `start_step`, or lower it\.",
         ):
             trainer.train()
         assert not int8_modules(trainer.model)
@@ -278,7 +274,7 @@ class TestCallback:
         trainer = make_trainer(tmp_path, callbacks=[QATCallback()])
         with pytest.raises(
             ParityError,
-            match=r"the outputs of the int8 model differ from fake-quant by .* the least exact layer is bert",
+            match=r"the outputs of the int8 model differ from fake-quant by .* the least exact layer is ",
         ):
             trainer.train()
         assert not int8_modules(trainer.model)
@@ -289,7 +285,7 @@ class TestSave:
     def test_float_model(self, tmp_path: Path) -> None:
         with pytest.raises(
             ValueError,
-            match=r"BertForSequenceClassification has no int8 module\. Quantize it first, with quantize_dynamic or QAT",
+            match=r"BertForSequenceClassification has no int8 module\. Quantize it first, with quantize_dynamic",
         ):
             save_quantized(tiny_bert(), tmp_path / "int8")
         assert not list(tmp_path.iterdir())
@@ -301,7 +297,7 @@ class TestSave:
         before = folder_bytes(tmp_path)
         with pytest.raises(
             FileExistsError,
-            match=r"full is not empty\. Choose another output folder, or allow it to be overwritten \(`overwrite=True`",
+            match=r"full is not empty\. Choose another output folder, or allow it to be overwritten \(`overwrite",
         ):
             save_quantized(model, tmp_path / "full")
         assert folder_bytes(tmp_path) == before

@@ -74,7 +74,7 @@ def test_ends_in_an_int8_model_that_evaluates_predicts_and_saves(family: str, sc
 def test_parameters_and_optimizer_are_the_float_models(family: str, tmp_path: Path) -> None:
     maker, causal = MAKERS[family]
     model = maker()
-    before = {name: parameter for name, parameter in model.named_parameters()}
+    before = dict(model.named_parameters())
     plain = make_trainer(tmp_path, copy.deepcopy(model), causal=causal)
     plain.create_optimizer()
     trainer = make_trainer(tmp_path, model, [QATCallback()], causal=causal)
