@@ -21,6 +21,7 @@ from .layout import QUANT_METHOD, quantization_config
 from .runtime.modules import int8_modules
 
 _WEIGHTS = "model*.safetensors*"
+_HUB_ARGUMENTS = ("revision", "token", "cache_dir", "subfolder")
 
 
 def attach_quantizer(model: nn.Module) -> None:
@@ -91,7 +92,7 @@ def load_quantized(
     path = os.fspath(path)
     if os.path.isdir(path):
         require_sound_folder(path)
-    hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in kwargs}
+    hub: dict[str, Any] = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
     config = AutoConfig.from_pretrained(path, trust_remote_code=kwargs.get("trust_remote_code"), **hub)
     layout = getattr(config, "quantization_config", None)
     if not isinstance(layout, dict) or layout.get("quant_method") != QUANT_METHOD:
@@ -102,13 +103,21 @@ def load_quantized(
         )
     config.quantization_config = {"quant_method": METHOD, "layout": layout}
     cls = auto_class or architecture(config, path)
-    model, info = cls.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
+    model, info = cls.from_pretrained(
+        path, config=config, output_loading_info=True, **{"ignore_mismatched_sizes": True, **kwargs}
+    )
+    for name, found, expected in info["mismatched_keys"]:
+        raise ValueError(
+            f"{name} in {path} has shape {tuple(found)}, but {type(model).__name__} has {tuple(expected)}. The "
+            "weights and config.json are of different models: save it again."
+        )
     missing = sorted(set(info["missing_keys"]) - set(model.hf_quantizer.tied))
     if missing:
         raise ValueError(
             f"{path} lacks {len(missing)} tensors of {type(model).__name__}, such as {missing[0]}; they would be "
             "random. The folder is incomplete, or was saved from another architecture: save it again."
         )
+    _require_int8_weights(_snapshot(path, hub))
     _save_whole(model)
     return model
 
@@ -167,7 +176,7 @@ def require_sound_folder(path: str | os.PathLike[str]) -> None:
     if index.is_file():
         try:
             named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index} is damaged ({error}). Copy or save the model again.") from error
         lost = sorted(named - {file.name for file in files})
         if lost:
@@ -191,20 +200,26 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[str]:
     Files of the same name are replaced one by one, each in an instant, `config.json` last; weights of an earlier
     save that the new one does not have are removed, other files stay.
     """
-    folder = Path(path).absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    folder = Path(path).resolve()
+    there = folder.is_dir()
+    if not there:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    # Inside a folder that exists: it may be a disk of its own, onto which nothing can be moved in an instant.
+    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder if there else folder.parent))
     try:
         yield str(beside)
+        if not there:
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(beside, 0o777 & ~umask)  # mkdtemp keeps others out
+            os.rename(beside, folder)
+            return
         written = sorted(beside.iterdir(), key=lambda file: (file.name == "config.json", file.name))
-        folder.mkdir(exist_ok=True)
-        beside_mode = folder.stat().st_mode & 0o777
         for file in written:
             if file.is_dir():
                 shutil.copytree(file, folder / file.name, dirs_exist_ok=True)
             else:
                 os.replace(file, folder / file.name)
-        os.chmod(folder, beside_mode)
         new = {file.name for file in written}
         if any(file.match(_WEIGHTS) for file in written):
             for stale in folder.glob(_WEIGHTS):
@@ -212,6 +227,34 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[str]:
                     stale.unlink()
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _snapshot(path: str, hub: dict[str, Any]) -> Path:
+    """Where a model's files lie: a local folder itself, or a hub id's place in the cache."""
+    from transformers.utils import cached_file
+
+    return Path(path) if os.path.isdir(path) else Path(cached_file(path, "config.json", **hub)).parent
+
+
+def _require_int8_weights(folder: Path) -> None:
+    """Refuse float weights under an int8 config, which loading would cast to int8 without a word.
+
+    That is what plain transformers writes when it saves such a model after a forward.
+    """
+    from safetensors import safe_open
+
+    weights: dict[str, str] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            for key in opened.keys():  # noqa: SIM118 - no mapping, it only has this method
+                weights[key] = opened.get_slice(key).get_dtype()
+    for key, dtype in weights.items():
+        if f"{key}_scale" in weights and dtype != "I8":
+            raise ValueError(
+                f"{key} in {folder} is {dtype}, although config.json says int8: the model was saved by plain "
+                "transformers after a forward, which turns the weights to float. Save it with hf_quant, or before "
+                "its first forward."
+            )
 
 
 def _save_whole(model: PreTrainedModel) -> None:

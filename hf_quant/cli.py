@@ -239,7 +239,7 @@ def _processing_class(model: str) -> Any:
         for kind in (AutoProcessor, AutoImageProcessor, AutoFeatureExtractor):
             try:
                 return kind.from_pretrained(model)
-            except (OSError, ValueError, TypeError):
+            except (OSError, ValueError, TypeError, ImportError):
                 continue  # the folder holds another kind
     try:
         return find_tokenizer(None, [model])

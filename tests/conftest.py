@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Before transformers is imported anywhere.
@@ -21,6 +22,15 @@ from hypothesis import HealthCheck, settings
 # that only one run in ten sees helps nobody.
 settings.register_profile("hf_quant", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("hf_quant")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _freeze_imports() -> None:
+    """Every Trainer collects garbage when it starts; without the million objects of imports that is instant."""
+    import transformers.trainer  # noqa: F401 - the largest of them
+
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

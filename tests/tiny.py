@@ -189,7 +189,7 @@ def logits(model: PreTrainedModel, count: int = 8) -> Tensor:
     return model(**Sentences(count, seed=7).batch(count)).logits  # type: ignore[no-any-return]
 
 
-def quantized_state(folder: str | Path) -> bytes:
+def weights_bytes(folder: str | Path) -> bytes:
     """The bytes of a folder's `model.safetensors`."""
     return (Path(folder) / "model.safetensors").read_bytes()
 

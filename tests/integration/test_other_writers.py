@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from hf_quant import load_quantized, quantize_dynamic, save_quantized
 from hf_quant.runtime.kernels import use_kernel
 from hf_quant.runtime.modules import int8_modules
-from tests.tiny import Sentences, folder_bytes, logits, tiny_bert, tiny_llama
+from tests.tiny import logits, tiny_bert, tiny_llama, weights_bytes
 
 WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
 INPUTS: dict[str, dict[str, Any] | None] = {
@@ -93,23 +93,17 @@ def test_loads_into_int8_modules_with_the_logits_of_plain_transformers(
     again = load_quantized(tmp_path / "ours")
     with use_kernel("reference"):
         assert torch.equal(logits(again), expected)
-    assert (
-        folder_bytes(tmp_path / "ours")["model.safetensors"] == folder_bytes(tmp_path / "theirs")["model.safetensors"]
-    )
+    assert weights_bytes(tmp_path / "ours") == weights_bytes(tmp_path / "theirs")
 
 
-def test_saved_after_a_forward_in_plain_transformers_it_is_refused_or_right(tmp_path: Path) -> None:
+def test_saved_after_a_forward_in_plain_transformers_it_is_refused(tmp_path: Path) -> None:
     """Plain transformers decompresses at the first forward, and then saves float weights under an int8 config."""
     save_quantized(quantize_dynamic(tiny_bert(), progress=False), tmp_path / "ours")
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours")
-    expected = logits(plain)
+    logits(plain)
     plain.save_pretrained(tmp_path / "theirs")
-    try:
-        loaded = load_quantized(tmp_path / "theirs")
-    except ValueError as error:
-        assert "weight" in str(error)  # noqa: PT017 - either is right
-    else:
-        assert (logits(loaded) - expected).norm() <= 0.03 * expected.norm()
+    with pytest.raises(ValueError, match=r"bert\..*\.weight"):
+        load_quantized(tmp_path / "theirs")
 
 
 def test_the_same_numbers_as_ours(tmp_path: Path) -> None:
@@ -117,7 +111,4 @@ def test_the_same_numbers_as_ours(tmp_path: Path) -> None:
     ours = quantize_dynamic(model, embeddings=False, progress=False)
     _written(model, tmp_path / "theirs", "int8_dynamic", ["Linear"], ["classifier"])
     save_quantized(ours, tmp_path / "ours")
-    assert (
-        folder_bytes(tmp_path / "ours")["model.safetensors"] == folder_bytes(tmp_path / "theirs")["model.safetensors"]
-    )
-    assert Sentences(1).batch(1)["input_ids"].shape == (1, 12)
+    assert weights_bytes(tmp_path / "ours") == weights_bytes(tmp_path / "theirs")

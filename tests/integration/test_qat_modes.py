@@ -24,7 +24,7 @@ from hf_quant.quantization.qat import qat_modules
 from hf_quant.runtime.kernels import use_kernel
 from hf_quant.runtime.modules import int8_modules
 from hf_quant.schemes import SCHEMES
-from tests.tiny import VOCAB, Sentences, logits, make_trainer, quantized_state, tiny_bert, tiny_llama
+from tests.tiny import VOCAB, Sentences, logits, make_trainer, tiny_bert, tiny_llama, weights_bytes
 
 schemes = pytest.mark.parametrize("scheme", sorted(SCHEMES))
 
@@ -176,12 +176,12 @@ def test_model_init(joined: str, tmp_path: Path) -> None:
     direct = make_trainer(tmp_path, tiny_bert(seed=3), [QATCallback()])
     direct.train()
     direct.save_model(str(tmp_path / "direct"))
-    assert quantized_state(tmp_path / "int8") == quantized_state(tmp_path / "direct")
+    assert weights_bytes(tmp_path / "int8") == weights_bytes(tmp_path / "direct")
 
     trainer.train()  # model_init makes a new float model, so this is a new run
     assert trainer.model is made[-1]
     trainer.save_model(str(tmp_path / "again"))
-    assert quantized_state(tmp_path / "again") == quantized_state(tmp_path / "int8")
+    assert weights_bytes(tmp_path / "again") == weights_bytes(tmp_path / "int8")
 
 
 def test_attach_to_a_trainer_that_exists(tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_attach_to_a_trainer_that_exists(tmp_path: Path) -> None:
     assert callback.conversion is not None
     for folder, trainer in (("first", first), ("second", second)):
         trainer.save_model(str(tmp_path / folder))
-    assert quantized_state(tmp_path / "first") == quantized_state(tmp_path / "second")
+    assert weights_bytes(tmp_path / "first") == weights_bytes(tmp_path / "second")
 
 
 def test_attach_puts_its_logs_before_reporters(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainerCal
 from hf_quant import QATCallback, load_quantized
 from hf_quant.quantization.qat import qat_modules
 from hf_quant.schemes import SCHEMES
-from tests.tiny import logits, make_trainer, quantized_state, tiny_bert, tiny_gpt2, tiny_llama
+from tests.tiny import logits, make_trainer, tiny_bert, tiny_gpt2, tiny_llama, weights_bytes
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 8, "logging_steps": 1}
 # Fake-quant from step 2, ranges frozen from step 6: checkpoints before, at the edges of, in, and after observing.
@@ -32,7 +32,7 @@ def _run(folder: Path, scheme: str, changes: dict[str, Any] | None = None, **kwa
     trainer = make_trainer(folder, callbacks=[callback], changes={**SAVING, **(changes or {})}, **kwargs)
     trainer.train(resume_from_checkpoint=None if resume is None else str(folder / "run" / f"checkpoint-{resume}"))
     trainer.save_model(str(folder / "int8"))
-    return trainer, quantized_state(folder / "int8")
+    return trainer, weights_bytes(folder / "int8")
 
 
 @pytest.mark.parametrize("scheme", sorted(SCHEMES))
@@ -86,7 +86,7 @@ def test_with_a_model_init_the_callback_is_attached(tmp_path: Path) -> None:
     resumed = trainer(save_strategy="no")
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
     resumed.save_model(str(tmp_path / "resumed"))
-    assert quantized_state(tmp_path / "resumed") == quantized_state(tmp_path / "whole")
+    assert weights_bytes(tmp_path / "resumed") == weights_bytes(tmp_path / "whole")
 
 
 def test_with_a_model_init_a_callback_that_comes_too_late_is_refused(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_a_callback_added_after_the_trainer_was_made_is_prepared_by_attach(tmp_p
     QATCallback(**STEPS).attach(trainer)
     trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-5"))
     trainer.save_model(str(tmp_path / "attached"))
-    assert quantized_state(tmp_path / "attached") == expected
+    assert weights_bytes(tmp_path / "attached") == expected
 
 
 def _drop(checkpoint: Path, wanted: str) -> int:
@@ -284,5 +284,5 @@ def test_killed_between_two_checkpoints_and_resumed_it_ends_in_the_same_bytes(tm
     assert run(tmp_path / "killed", 5, "fresh") == -9
     assert not (tmp_path / "killed" / "int8").exists()
     assert run(tmp_path / "killed", 0, "resume") == 0
-    assert quantized_state(tmp_path / "killed" / "int8") == quantized_state(tmp_path / "whole" / "int8")
+    assert weights_bytes(tmp_path / "killed" / "int8") == weights_bytes(tmp_path / "whole" / "int8")
     assert not qat_modules(load_quantized(tmp_path / "killed" / "int8"))

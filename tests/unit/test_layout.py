@@ -131,9 +131,7 @@ def test_float_conv1d_is_ignored_where_others_are_int8() -> None:
 
 
 def test_model_without_an_int8_module() -> None:
-    with pytest.raises(
-        ValueError, match=r"BertForSequenceClassification has no int8 module\. Quantize it before"
-    ):
+    with pytest.raises(ValueError, match=r"BertForSequenceClassification has no int8 module\. Quantize it before"):
         quantization_config(tiny_bert())
 
 
