@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
-from typing import TYPE_CHECKING
 
 from . import plots
 from . import wording as w
-from .results import SplitResult
+from .results import Figures, SplitResult
 from .text import size_rows
-
-if TYPE_CHECKING:
-    from .report import Comparison
 
 LOWEST_LAYERS = 20
 
@@ -72,7 +68,7 @@ _STYLE = """
 """.replace("LIGHT", _LIGHT).replace("DARK", _DARK)
 
 
-def document(comparison: Comparison) -> str:
+def document(comparison: Figures) -> str:
     """The whole page; well-formed as XML too."""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
@@ -83,7 +79,7 @@ def document(comparison: Comparison) -> str:
     )
 
 
-def fragment(comparison: Comparison) -> str:
+def fragment(comparison: Figures) -> str:
     """The report as one element with its style, for a notebook."""
     sections = [_quality(comparison, split) for split in comparison.splits]
     sections += [_size(comparison), _latency(comparison), _layers(comparison)]
@@ -100,7 +96,7 @@ def fragment(comparison: Comparison) -> str:
     )
 
 
-def _tiles(comparison: Comparison) -> str:
+def _tiles(comparison: Figures) -> str:
     split = comparison.splits[0]
     metric = next(m for m in split.metrics if m.name == comparison.headline)
     name = w.METRIC_NAMES.get(metric.name, metric.name)
@@ -141,7 +137,7 @@ def _tiles(comparison: Comparison) -> str:
     return f'<div class="tiles">{cells}</div>'
 
 
-def _quality(comparison: Comparison, split: SplitResult) -> str:
+def _quality(comparison: Figures, split: SplitResult) -> str:
     rows = []
     for metric in split.metrics:
         cells = (
@@ -169,7 +165,7 @@ def _quality(comparison: Comparison, split: SplitResult) -> str:
     )
 
 
-def _size(comparison: Comparison) -> str:
+def _size(comparison: Figures) -> str:
     rows = [
         _row(_cells((name, w.megabytes(a), w.megabytes(b), w.ratio(a, b)), slice(1, 4)), key=name == "total")
         for name, a, b in size_rows(comparison)
@@ -183,7 +179,7 @@ def _size(comparison: Comparison) -> str:
     )
 
 
-def _latency(comparison: Comparison) -> str:
+def _latency(comparison: Figures) -> str:
     latency = comparison.latency
     if latency is None:
         return ""
@@ -194,7 +190,7 @@ def _latency(comparison: Comparison) -> str:
     )
 
 
-def _layers(comparison: Comparison) -> str:
+def _layers(comparison: Figures) -> str:
     layers = list(comparison.layer_sqnr.items())
     if not layers:
         return ""

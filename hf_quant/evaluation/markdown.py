@@ -9,12 +9,12 @@ from . import wording as w
 from .text import size_rows
 
 if TYPE_CHECKING:
-    from .report import Comparison
+    from .results import Figures
 
 LOWEST_LAYERS = 10
 
 
-def document(comparison: Comparison) -> str:
+def document(comparison: Figures) -> str:
     """The whole report."""
     models = (("float", comparison.float_model), ("int8", comparison.int8_model))
     parts = [

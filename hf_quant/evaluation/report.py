@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .results import Latency, Machine, ModelInfo, SplitResult, decode, encode
+from .results import Figures, decode, encode
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -19,40 +19,8 @@ TEXT_WIDTH = 100
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """What [`compare`] found. `print` it, or write it with `to_json`, `to_markdown`, `to_html` or `save`.
-
-    Args:
-        task (`str`): the task's name.
-        problem_type (`str`): `"single_label_classification"` or `"regression"`.
-        headline (`str`): the metric to quote.
-        float_model ([`ModelInfo`]): the float model.
-        int8_model ([`ModelInfo`]): the quantized one.
-        splits (`tuple[SplitResult, ...]`): metrics and agreement, one entry a labelled split.
-        confidence (`float`): of the intervals, such as 0.95.
-        resamples (`int`): of the bootstrap.
-        seed (`int`): of the bootstrap, of drawn examples and of the timed tokens.
-        max_length (`int`, *optional*): tokens at which texts were cut.
-        latency ([`Latency`], *optional*): absent where nothing was timed.
-        layer_sqnr (`dict[str, float]`): decibels by name for each int8 layer, in the order of the model.
-        machine ([`Machine`]): where it was measured.
-        versions (`dict[str, str]`): of hf_quant, torch, transformers and Python.
-    """
-
-    task: str
-    problem_type: str
-    headline: str
-    float_model: ModelInfo
-    int8_model: ModelInfo
-    splits: tuple[SplitResult, ...]
-    confidence: float
-    resamples: int
-    seed: int
-    max_length: int | None
-    latency: Latency | None
-    layer_sqnr: dict[str, float]
-    machine: Machine
-    versions: dict[str, str]
+class Comparison(Figures):
+    """What [`compare`] found. `print` it, or write it with `to_json`, `to_markdown`, `to_html` or `save`."""
 
     def __rich__(self) -> RenderableType:
         from .text import renderable

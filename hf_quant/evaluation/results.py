@@ -187,6 +187,43 @@ class Machine:
     threads: int
 
 
+@dataclass(frozen=True)
+class Figures:
+    """All that a comparison found, for the renderings of [`Comparison`].
+
+    Args:
+        task (`str`): the task's name.
+        problem_type (`str`): `"single_label_classification"` or `"regression"`.
+        headline (`str`): the metric to quote.
+        float_model ([`ModelInfo`]): the float model.
+        int8_model ([`ModelInfo`]): the quantized one.
+        splits (`tuple[SplitResult, ...]`): metrics and agreement, one entry a labelled split.
+        confidence (`float`): of the intervals, such as 0.95.
+        resamples (`int`): of the bootstrap.
+        seed (`int`): of the bootstrap, of drawn examples and of the timed tokens.
+        max_length (`int`, *optional*): tokens at which texts were cut.
+        latency ([`Latency`], *optional*): absent where nothing was timed.
+        layer_sqnr (`dict[str, float]`): decibels by name for each int8 layer, in the order of the model.
+        machine ([`Machine`]): where it was measured.
+        versions (`dict[str, str]`): of hf_quant, torch, transformers and Python.
+    """
+
+    task: str
+    problem_type: str
+    headline: str
+    float_model: ModelInfo
+    int8_model: ModelInfo
+    splits: tuple[SplitResult, ...]
+    confidence: float
+    resamples: int
+    seed: int
+    max_length: int | None
+    latency: Latency | None
+    layer_sqnr: dict[str, float]
+    machine: Machine
+    versions: dict[str, str]
+
+
 def encode(value: Any) -> Any:
     """Plain JSON values of a result; numbers that JSON lacks become `"nan"`, `"inf"` and `"-inf"`."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from . import wording as w
-from .results import Latency, SplitResult
-
-if TYPE_CHECKING:
-    from .report import Comparison
+from .results import Figures, Latency, SplitResult
 
 LOWEST_LAYERS = 5
 
 _STYLES = {"worse": "red", "better": "green", "none": "", "undefined": "yellow"}
 
 
-def renderable(comparison: Comparison) -> RenderableType:
+def renderable(comparison: Figures) -> RenderableType:
     """What `rich.print(comparison)` shows."""
     parts: list[RenderableType] = [
         Text(f"{comparison.task}: float against int8", style="bold"),
@@ -53,14 +48,14 @@ def _table(first: str) -> Table:
     return table
 
 
-def _models(comparison: Comparison) -> Table:
+def _models(comparison: Figures) -> Table:
     table = Table.grid(padding=(0, 2))
     for role, model in (("float", comparison.float_model), ("int8", comparison.int8_model)):
         table.add_row(role, Text(model.name, style="bold", overflow="fold"), w.model_words(model))
     return table
 
 
-def _quality(comparison: Comparison, split: SplitResult) -> Table:
+def _quality(comparison: Figures, split: SplitResult) -> Table:
     table = _table("points of 100")
     for name in ("float", "int8", "delta", f"{w.percent(comparison.confidence)} interval"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -78,7 +73,7 @@ def _quality(comparison: Comparison, split: SplitResult) -> Table:
     return table
 
 
-def _notes(comparison: Comparison, split: SplitResult) -> list[RenderableType]:
+def _notes(comparison: Figures, split: SplitResult) -> list[RenderableType]:
     lines = w.readings(split, comparison.confidence)
     if split.agreement is not None:
         lines.insert(0, w.agreement_words(split.agreement, split.samples))
@@ -87,7 +82,7 @@ def _notes(comparison: Comparison, split: SplitResult) -> list[RenderableType]:
     return [Text(line) for line in lines]
 
 
-def _sizes(comparison: Comparison) -> Table:
+def _sizes(comparison: Figures) -> Table:
     table = _table("MB")
     for name in ("float", "int8", "float / int8"):
         table.add_column(name, justify="right")
@@ -97,7 +92,7 @@ def _sizes(comparison: Comparison) -> Table:
     return table
 
 
-def size_rows(comparison: Comparison) -> list[tuple[str, int | None, int | None]]:
+def size_rows(comparison: Figures) -> list[tuple[str, int | None, int | None]]:
     """Kind, float bytes and int8 bytes; on disk only where it is known of either."""
     before, after = comparison.float_model.size, comparison.int8_model.size
     kinds = ("embeddings", "linear", "rest", "total", "on_disk")

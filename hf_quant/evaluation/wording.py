@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
-from .results import Agreement, Latency, MetricResult, ModelInfo, SplitResult
-
-if TYPE_CHECKING:
-    from .report import Comparison
+from .results import Agreement, Figures, Latency, MetricResult, ModelInfo, SplitResult
 
 METRIC_NAMES = {
     "accuracy": "accuracy",
@@ -174,7 +170,7 @@ def decibels(value: float) -> str:
     return "exact" if value == math.inf else f"{value:.1f}"
 
 
-def smaller(comparison: Comparison) -> str:
+def smaller(comparison: Figures) -> str:
     """`3.98x smaller`."""
     before, after = comparison.float_model.size.total, comparison.int8_model.size.total
     return f"{before / after:.2f}x smaller" if after <= before else f"{after / before:.2f}x larger"
@@ -199,7 +195,7 @@ def model_words(model: ModelInfo) -> str:
     return f"{model.architecture}, {model.dtype}, {layers}"
 
 
-def headline(comparison: Comparison) -> str:
+def headline(comparison: Figures) -> str:
     """The whole report in two sentences."""
     split = comparison.splits[0]
     metric = next(m for m in split.metrics if m.name == comparison.headline)
@@ -216,7 +212,7 @@ def headline(comparison: Comparison) -> str:
     return words + "."
 
 
-def method(comparison: Comparison) -> list[str]:
+def method(comparison: Figures) -> list[str]:
     """How the figures came about, one sentence each."""
     cut = "not cut" if comparison.max_length is None else f"cut at {comparison.max_length} tokens"
     lines = [
