@@ -68,8 +68,8 @@ class HfQuantQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for name, source in self.tied.items():
-            owner, _, buffer = name.rpartition(".")
-            setattr(model.get_submodule(owner), buffer, model.get_buffer(source))
+            (owner, _, buffer), (holder, _, held) = name.rpartition("."), source.rpartition(".")
+            model.get_submodule(owner)._buffers[buffer] = model.get_submodule(holder)._buffers[held]
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -76,7 +76,7 @@ def convert_float(
         module = model.get_submodule(name)
         new = convert_module(module, scheme)
         # Modules that share a float weight share the int8 one.
-        new.weight = shared.setdefault(id(module.weight), new.weight)
+        new.int8_weight = shared.setdefault(id(module.weight), new.int8_weight)
         replace_module(model, name, new)
         if progress is not None:
             progress()
@@ -120,7 +120,7 @@ def convert_qat(
             result.left[name] = "its inputs were never observed"
         else:
             new = convert_module(module, scheme)
-            new.weight = shared.setdefault(id(module.weight), new.weight)
+            new.int8_weight = shared.setdefault(id(module.weight), new.int8_weight)
             replacements[name] = new
             result.quantized[name] = selection.quantized[name]
             result.error_sqnr[name] = _weight_sqnr(module, new)
@@ -270,4 +270,4 @@ def _weight_sqnr(module: nn.Module, new: Int8Linear | Int8Embedding) -> float:
     weight: Tensor = module.weight.detach()  # type: ignore[operator]
     if isinstance(new, Int8Linear) and new.transposed:
         weight = weight.t()
-    return weight_sqnr(weight, new.weight, new.weight_scale)
+    return weight_sqnr(weight, new.int8_weight, new.weight_scale)

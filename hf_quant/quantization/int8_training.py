@@ -92,7 +92,9 @@ def int8_linear(values: Tensor, weight: Tensor, bias: Tensor | None, input: Quan
         `torch.Tensor`: (..., out), in `values`' dtype, or the one of autocast.
     """
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else values.dtype
-    return _Int8Linear.apply(values, weight, bias, input, dtype)
+    flat = _Int8Linear.apply(values.reshape(-1, values.shape[-1]), weight, bias, input, dtype)
+    # Reshaped out here: a view made inside could not be changed in place, which some models do to a layer's output.
+    return flat.reshape(*values.shape[:-1], -1)
 
 
 class _Int8Linear(torch.autograd.Function):
@@ -116,19 +118,19 @@ class _Int8Linear(torch.autograd.Function):
         ctx.save_for_backward(input.quantized, input.scale, input.unrounded, weight8, weight_scale)
         ctx.zero_point = 0 if input.numbers is None else input.numbers[1]
         ctx.dtypes = values.dtype, weight.dtype, None if bias is None else bias.dtype
-        return output.reshape(*values.shape[:-1], -1).to(dtype)
+        return output.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         quantized, scale, unrounded, weight8, weight_scale = ctx.saved_tensors
         values_dtype, weight_dtype, bias_dtype = ctx.dtypes
-        grad = grads[0].reshape(-1, grads[0].shape[-1])
+        grad = grads[0]
         grad_values = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_values = grad @ dequantize(weight8, weight_scale).to(grad.dtype)
             if unrounded is not None:
                 grad_values = stop_clipped(grad_values, unrounded)
-            grad_values = grad_values.reshape(*grads[0].shape[:-1], -1).to(values_dtype)
+            grad_values = grad_values.to(values_dtype)
         if ctx.needs_input_grad[1]:
             # Integers up to 255 are exact in bfloat16 too, so a static scale can wait for the smaller product.
             steps = quantized.to(grad.dtype)

@@ -13,7 +13,39 @@ from ..schemes import Scheme
 from . import kernels
 
 
-class Int8Linear(nn.Module):
+class _Int8Weight(nn.Module):
+    """A module with an int8 buffer `weight`, which the outside sees dequantized.
+
+    Some models read a layer's weight without calling the layer (DeBERTa's relative embeddings, DETR's queries,
+    Mamba's `dt_proj`), or cast to its dtype. They get what a plain reload has there: the dequantized weight.
+    """
+
+    weight_scale: Tensor
+    transposed = False
+
+    @property
+    def int8_weight(self) -> Tensor:
+        """The stored weight: int8, (out_features, in_features) or (num_embeddings, embedding_dim)."""
+        stored = self._buffers.get("weight")
+        if stored is None:
+            raise AttributeError("the int8 weight is not there yet")
+        return stored
+
+    @int8_weight.setter
+    def int8_weight(self, value: Tensor) -> None:
+        self._buffers["weight"] = value
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight dequantized, in the shape of the float module's; made anew at each read."""
+        stored = self.int8_weight
+        if stored.is_meta:  # a shell that is being loaded into: its loader asks for the stored tensor
+            return stored
+        values = dequantize(stored, self.weight_scale)
+        return values.t() if self.transposed else values
+
+
+class Int8Linear(_Int8Weight):
     """A Linear layer with an int8 weight.
 
     Buffers: `weight` int8 (out_features, in_features), `weight_scale` (out_features, 1), `bias` (out_features,)
@@ -31,8 +63,6 @@ class Int8Linear(nn.Module):
         device (`torch.device`, *optional*): where buffers are made.
     """
 
-    weight: Tensor
-    weight_scale: Tensor
     bias: Tensor | None
     input_scale: Tensor
     input_zero_point: Tensor
@@ -83,7 +113,7 @@ class Int8Linear(nn.Module):
             weight = weight.t()
         out_features, in_features = weight.shape
         module = cls(in_features, out_features, scheme, False, transposed, weight.dtype, "meta")
-        module.weight, module.weight_scale = quantize_weight(weight.detach())
+        module.int8_weight, module.weight_scale = quantize_weight(weight.detach())
         module.bias = None if bias is None else bias.detach().clone()
         if scheme.activations == "static":
             if input_range is None:
@@ -124,12 +154,12 @@ class Int8Linear(nn.Module):
         elif self.scheme.activations == "dynamic":
             scale = symmetric_scale(input.float(), token_dims(input))
             input = dequantize(quantize(input, scale), scale).to(input.dtype)
-        weight = dequantize(self.weight, self.weight_scale).to(input.dtype)
+        weight = dequantize(self.int8_weight, self.weight_scale).to(input.dtype)
         return F.linear(input, weight, None if self.bias is None else self.bias.to(input.dtype))
 
     def _onednn(self, input: Tensor) -> Tensor:
         packed = self._packed
-        if packed is None or packed.source is not self.weight:
+        if packed is None or packed.source is not self.int8_weight:
             packed = self._packed = _Packed(self)
         out_dtype = torch.bfloat16 if input.dtype == torch.bfloat16 else torch.float32
         if self.scheme.activations == "static":
@@ -151,13 +181,13 @@ class Int8Linear(nn.Module):
         if self.scheme.activations == "static":
             scale, zero_point = self.input_scale.float(), self.input_zero_point
             quantized = quantize(input, scale, zero_point).reshape(-1, self.in_features)
-            product = kernels.int_mm_linear(quantized, self.weight)
+            product = kernels.int_mm_linear(quantized, self.int8_weight)
             # (q - z) w^T = q w^T - z sum(w)
-            product = product - self.weight.sum(-1, dtype=torch.int32) * zero_point.to(torch.int32)
+            product = product - self.int8_weight.sum(-1, dtype=torch.int32) * zero_point.to(torch.int32)
         else:
             scale = _one_per_row(symmetric_scale(input.float(), token_dims(input)), input)
             quantized = quantize(input.reshape(-1, self.in_features), scale)
-            product = kernels.int_mm_linear(quantized, self.weight)
+            product = kernels.int_mm_linear(quantized, self.int8_weight)
         output = product.float().mul_(self.weight_scale.float().t()).mul_(scale)
         if self.bias is not None:
             output.add_(self.bias)
@@ -187,7 +217,7 @@ class Int8Linear(nn.Module):
         )
 
 
-class Int8Embedding(nn.Module):
+class Int8Embedding(_Int8Weight):
     """An embedding table in int8.
 
     Buffers: `weight` int8 (num_embeddings, embedding_dim) and `weight_scale` (num_embeddings, 1), one scale a row.
@@ -199,9 +229,6 @@ class Int8Embedding(nn.Module):
         dtype (`torch.dtype`, *optional*, defaults to float32): of scales and of what a lookup returns.
         device (`torch.device`, *optional*): where buffers are made.
     """
-
-    weight: Tensor
-    weight_scale: Tensor
 
     def __init__(
         self,
@@ -225,12 +252,12 @@ class Int8Embedding(nn.Module):
         """Quantize a float table (num_embeddings, embedding_dim)."""
         rows, columns = weight.shape
         module = cls(rows, columns, padding_idx, weight.dtype, "meta")
-        module.weight, module.weight_scale = quantize_weight(weight.detach())
+        module.int8_weight, module.weight_scale = quantize_weight(weight.detach())
         return module
 
     def forward(self, input: Tensor) -> Tensor:
         """`input` (...) of indices to (..., embedding_dim) in `weight_scale`'s dtype."""
-        return dequantize(F.embedding(input, self.weight), F.embedding(input, self.weight_scale))
+        return dequantize(F.embedding(input, self.int8_weight), F.embedding(input, self.weight_scale))
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -249,8 +276,8 @@ class _Packed:
     """What oneDNN wants of one layer: a blocked weight, and numbers instead of tensors."""
 
     def __init__(self, module: Int8Linear) -> None:
-        self.source = module.weight
-        self.weight = kernels.onednn_prepack(module.weight)
+        self.source = module.int8_weight
+        self.weight = kernels.onednn_prepack(module.int8_weight)
         self.weight_scale = module.weight_scale.float().flatten()
         self.bias = None if module.bias is None else module.bias.float()
         if module.scheme.activations == "static":

@@ -15,9 +15,19 @@ from transformers import (
     AutoModelForSequenceClassification,
     BartConfig,
     BartForConditionalGeneration,
+    DebertaConfig,
+    DebertaForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    DetrConfig,
+    DetrForObjectDetection,
     DistilBertConfig,
     DistilBertForTokenClassification,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
+    ResNetConfig,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -61,6 +71,31 @@ def _vit() -> PreTrainedModel:
     return ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4))
 
 
+def _deberta(cls: type[PreTrainedModel], config: type[PreTrainedConfig]) -> PreTrainedModel:
+    """Reads `rel_embeddings.weight` without calling the module."""
+    sizes = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    relative = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "max_position_embeddings": 32}
+    return cls(config(**sizes, **relative, intermediate_size=24))
+
+
+def _mamba() -> PreTrainedModel:
+    """Multiplies by `dt_proj.weight`."""
+    sizes = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+    return MambaForCausalLM(MambaConfig(**sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+
+
+def _detr() -> PreTrainedModel:
+    """Repeats `query_position_embeddings.weight`."""
+    backbone = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], out_features=["stage2"])
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    widths = {"d_model": 16, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "num_queries": 5}
+    return DetrForObjectDetection(DetrConfig(**sizes, **widths, backbone_config=backbone))
+
+
+def _pixels(size: int) -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))}
+
+
 def _distilbert() -> PreTrainedModel:
     return DistilBertForTokenClassification(
         DistilBertConfig(vocab_size=VOCAB, dim=16, n_layers=1, n_heads=2, hidden_dim=24)
@@ -73,7 +108,11 @@ MODELS: dict[str, tuple[Any, Any]] = {
     "gpt2": (tiny_gpt2, _text),
     "bart": (_bart, _text_to_text),
     "t5": (_t5, _text_to_text),
-    "vit": (_vit, lambda: {"pixel_values": torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))}),
+    "vit": (_vit, lambda: _pixels(8)),
+    "detr": (_detr, lambda: _pixels(32)),
+    "deberta": (lambda: _deberta(DebertaForSequenceClassification, DebertaConfig), _text),
+    "deberta-v2": (lambda: _deberta(DebertaV2ForSequenceClassification, DebertaV2Config), _text),
+    "mamba": (_mamba, _text),
     "distilbert": (_distilbert, _text),
     "bert base": (lambda: tiny_bert().bert, _text),
 }

@@ -10,21 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
-    BartConfig,
-    BartForConditionalGeneration,
     EarlyStoppingCallback,
-    Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
     Trainer,
     TrainerCallback,
 )
 
 from hf_quant import QATCallback, load_quantized
-from hf_quant.quantization.qat import qat_modules
 from hf_quant.runtime.kernels import use_kernel
 from hf_quant.runtime.modules import int8_modules
 from hf_quant.schemes import SCHEMES
-from tests.tiny import VOCAB, Sentences, logits, make_trainer, tiny_bert, tiny_llama, weights_bytes
+from tests.tiny import logits, make_trainer, tiny_bert, tiny_llama
 
 schemes = pytest.mark.parametrize("scheme", sorted(SCHEMES))
 
@@ -154,92 +149,6 @@ def test_auto_find_batch_size(tmp_path: Path) -> None:
     assert len(int8_modules(trainer.model)) == len(callback.conversion.quantized)
 
 
-@pytest.mark.parametrize("joined", ["callbacks", "attach"])
-def test_model_init(joined: str, tmp_path: Path) -> None:
-    made: list[nn.Module] = []
-
-    def model_init() -> nn.Module:
-        with torch.random.fork_rng():  # or the run goes on with the random numbers of the model
-            made.append(tiny_bert(seed=3))
-        return made[-1]
-
-    callback = QATCallback()
-    callbacks = [callback] if joined == "callbacks" else []
-    trainer = make_trainer(tmp_path, callbacks=callbacks, model_init=model_init)
-    if joined == "attach":
-        assert callback.attach(trainer) is callback
-    trainer.train()
-    assert trainer.model is made[-1]
-    assert len(int8_modules(trainer.model)) == 16
-    trainer.save_model(str(tmp_path / "int8"))
-
-    direct = make_trainer(tmp_path, tiny_bert(seed=3), [QATCallback()])
-    direct.train()
-    direct.save_model(str(tmp_path / "direct"))
-    assert weights_bytes(tmp_path / "int8") == weights_bytes(tmp_path / "direct")
-
-    trainer.train()  # model_init makes a new float model, so this is a new run
-    assert trainer.model is made[-1]
-    trainer.save_model(str(tmp_path / "again"))
-    assert weights_bytes(tmp_path / "again") == weights_bytes(tmp_path / "int8")
-
-
-def test_attach_to_a_trainer_that_exists(tmp_path: Path) -> None:
-    first = make_trainer(tmp_path, tiny_bert(), [QATCallback()])
-    first.train()
-    second = make_trainer(tmp_path, tiny_bert())
-    callback = QATCallback().attach(second)
-    assert qat_modules(second.model), "prepared at once, before a checkpoint can be loaded"
-    second.train()
-    assert callback.conversion is not None
-    for folder, trainer in (("first", first), ("second", second)):
-        trainer.save_model(str(tmp_path / folder))
-    assert weights_bytes(tmp_path / "first") == weights_bytes(tmp_path / "second")
-
-
-def test_attach_puts_its_logs_before_reporters(tmp_path: Path) -> None:
-    class Reporter(TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-            seen.append(dict(logs))
-
-    seen: list[dict[str, Any]] = []
-    trainer = make_trainer(tmp_path, callbacks=[Reporter()])
-    QATCallback().attach(trainer)
-    trainer.train()
-    assert all("qat_phase" in logs for logs in seen if "loss" in logs)
-
-
-def test_add_callback_after_construction_works_for_a_fresh_run(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, tiny_bert())
-    trainer.add_callback(QATCallback())
-    trainer.train()
-    assert len(int8_modules(trainer.model)) == 16
-
-
-class SupervisedFineTuning(Trainer):
-    """A loss of its own around the model's logits, as TRL's trainers have."""
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **kwargs: Any
-    ) -> Any:
-        labels = inputs.pop("labels")
-        outputs = model(**inputs, use_cache=False)
-        loss = nn.functional.cross_entropy(
-            outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
-        )
-        self.log({"entropy": 1.0})
-        return (loss, outputs) if return_outputs else loss
-
-
-def test_trainer_with_a_loss_of_its_own(tmp_path: Path) -> None:
-    callback = QATCallback()
-    trainer = make_trainer(tmp_path, tiny_llama(), [callback], causal=True, cls=SupervisedFineTuning)
-    trainer.train()
-    assert callback.conversion is not None
-    assert callback.conversion.logits_sqnr is not None
-    assert trainer.evaluate()["eval_loss"] > 0
-
-
 def test_label_smoothing(tmp_path: Path) -> None:
     callback = QATCallback()
     make_trainer(tmp_path, callbacks=[callback], changes={"label_smoothing_factor": 0.1}).train()
@@ -259,58 +168,6 @@ def test_early_stopping(tmp_path: Path) -> None:
     trainer.train()
     assert trainer.state.global_step < 8
     assert callback.conversion is not None
-
-
-class Translations(Sentences):
-    """Targets are the sources."""
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {**super().__getitem__(index), "labels": self.input_ids[index]}
-
-
-@schemes
-def test_generating_evaluation_of_an_encoder_decoder(scheme: str, tmp_path: Path) -> None:
-    """The last forward before conversion is a step of `generate`, with a cache among its arguments."""
-    torch.manual_seed(0)
-    model = BartForConditionalGeneration(
-        BartConfig(
-            vocab_size=VOCAB, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-            decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=32,
-            bos_token_id=1, eos_token_id=2, pad_token_id=0, decoder_start_token_id=1, forced_eos_token_id=2,
-        )
-    )  # fmt: skip
-    callback = QATCallback(scheme)
-    arguments = Seq2SeqTrainingArguments(
-        str(tmp_path), max_steps=4, per_device_train_batch_size=4, per_device_eval_batch_size=4, eval_strategy="steps",
-        eval_steps=2, predict_with_generate=True, generation_max_length=6, report_to="none", use_cpu=True,
-        disable_tqdm=True, save_strategy="no", dataloader_pin_memory=False,
-    )  # fmt: skip
-    trainer = Seq2SeqTrainer(
-        model=model, args=arguments, train_dataset=Translations(16), eval_dataset=Translations(8), callbacks=[callback]
-    )
-    trainer.train()
-    assert callback.conversion is not None
-    assert callback.conversion.logits_sqnr is not None
-    assert callback.conversion.logits_sqnr > 20
-    assert trainer.evaluate()["eval_loss"] > 0
-
-
-def test_generation_during_training_of_a_decoder(tmp_path: Path) -> None:
-    """A callback that shows samples: the arguments kept for the proof then hold a used cache."""
-
-    class Samples(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
-            model.eval()
-            samples.append(model.generate(**Sentences(2).batch(2), max_new_tokens=3, do_sample=False))
-            model.train()
-
-    samples: list[Tensor] = []
-    callback = QATCallback()
-    make_trainer(tmp_path, tiny_llama(), [callback, Samples()], causal=True).train()
-    assert samples[-1].shape == (2, 15)
-    assert callback.conversion is not None
-    assert callback.conversion.logits_sqnr is not None
-    assert callback.conversion.logits_sqnr > 20
 
 
 def test_only_some_layers_by_pattern(tmp_path: Path) -> None:

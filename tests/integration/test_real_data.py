@@ -10,10 +10,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from hf_quant import Recipe, compare, quantize_dynamic
 from hf_quant.evaluation.report import Comparison
@@ -30,8 +32,16 @@ pytestmark = [
     pytest.mark.skipif(not MODEL.is_dir(), reason="no model: run `python scripts/fetch_quickstart.py` first"),
 ]
 
-# SST-2 has 67,349 training rows; 600 steps of 32 see 19,200 of them.
-SHORTER: dict[str, dict[str, Any]] = {"mrpc": {}, "sst2": {"max_steps": 600, "save_steps": 200}}
+# SST-2 has 67,349 training rows; 400 steps of 32 see 12,800 of them.
+SHORTER: dict[str, dict[str, Any]] = {"mrpc": {}, "sst2": {"max_steps": 400, "save_steps": 200}}
+
+
+@pytest.fixture(autouse=True)
+def _all_cores(_one_thread_and_seed: None) -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def delta_points(comparison: Comparison) -> dict[str, float]:
@@ -59,7 +69,7 @@ def test_qat_and_dynamic_keep_the_float_model_s_quality(task: str) -> None:
     assert found.layer_sqnr, "made from the same weights"
     dynamic = delta_points(found)
     print(task, json.dumps({"int8_static by QAT": static, "int8_dynamic": dynamic}))
-    assert found.splits[0].metrics[0].float_value > (0.8 if task == "mrpc" else 0.85), "the float model has learned"
+    assert found.splits[0].metrics[0].float_value > (0.75 if task == "mrpc" else 0.85), "the float model has learned"
     assert min(static.values()) >= -1.0
     assert min(dynamic.values()) >= -0.5
 

@@ -242,6 +242,23 @@ def test_layer_used_only_in_evaluation_is_skipped_after_a_resume_too(tmp_path: P
         assert torch.equal(ours, theirs)
 
 
+def test_interrupted_and_taken_up_again_in_the_same_process(tmp_path: Path) -> None:
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 5 and not interrupted:
+                interrupted.append(5)
+                raise KeyboardInterrupt
+
+    _, expected = _run(tmp_path / "whole", "int8_static")
+    interrupted: list[int] = []
+    trainer = make_trainer(tmp_path, callbacks=[QATCallback(**STEPS), Interrupt()], changes=SAVING)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train(resume_from_checkpoint=True)
+    trainer.save_model(str(tmp_path / "int8"))
+    assert weights_bytes(tmp_path / "int8") == expected
+
+
 def test_resuming_a_finished_run_converts_it(tmp_path: Path) -> None:
     _, expected = _run(tmp_path, "int8_static")
     trainer, got = _run(tmp_path, "int8_static", {"save_strategy": "no"}, resume=8)

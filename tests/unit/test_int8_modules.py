@@ -10,6 +10,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_quant import quantize_dynamic
 from hf_quant.qparams import dequantize, symmetric_scale
 from hf_quant.quantization.convert import convert_module
 from hf_quant.quantization.fake_quantize import fake_quantize_symmetric
@@ -117,6 +118,20 @@ def test_state_dict_loaded_into_a_parent_after_packing_takes_effect(scheme: str)
     first(_values())
     first.load_state_dict(second.state_dict())
     assert torch.equal(first(_values()), second(_values()))
+
+
+def test_float_weights_are_not_cast_into_it() -> None:
+    """A float checkpoint in an int8 model: weights below one would all become 0."""
+    linear = quantize_dynamic(nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 6)), progress=False)
+    embedding = quantize_dynamic(nn.Sequential(nn.LayerNorm(16), nn.Embedding(6, 16)), progress=False)
+    for model, twin in ((linear, nn.Linear(16, 6)), (embedding, nn.Embedding(6, 16))):
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        norm = nn.LayerNorm(16)
+        nn.init.normal_(norm.weight)
+        with pytest.raises(RuntimeError, match=r"1\.weight.*float32.*int8"):
+            model.load_state_dict(nn.Sequential(norm, twin).state_dict(), strict=False)
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, before[name]), name
 
 
 def test_tensors_put_in_by_assignment_take_effect() -> None:
