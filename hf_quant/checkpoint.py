@@ -18,7 +18,7 @@ from transformers import AutoConfig, PreTrainedModel
 from .errors import did_you_mean
 from .hf_quantizer import METHOD, HfQuantConfig, HfQuantQuantizer
 from .layout import QUANT_METHOD, quantization_config
-from .runtime.modules import int8_modules
+from .runtime.modules import int8_modules, refuse_float_weights
 
 _WEIGHTS = "model*.safetensors*"
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "subfolder")
@@ -26,6 +26,7 @@ _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "subfolder")
 
 def attach_quantizer(model: nn.Module) -> None:
     """Make a model with int8 modules save itself in the layout, through `save_pretrained` and the Trainer."""
+    model.register_load_state_dict_pre_hook(refuse_float_weights)  # before any part of it is loaded
     if not isinstance(model, PreTrainedModel):
         return  # a plain module in a Trainer: its state dict holds the int8 buffers as they are
     config = HfQuantConfig(quantization_config(model))
@@ -118,6 +119,7 @@ def load_quantized(
             "random. The folder is incomplete, or was saved from another architecture: save it again."
         )
     _require_int8_weights(_snapshot(path, hub))
+    model.register_load_state_dict_pre_hook(refuse_float_weights)
     _save_whole(model)
     return model
 

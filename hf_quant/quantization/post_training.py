@@ -16,6 +16,7 @@ from ..runtime.modules import INT8_MODULES, int8_modules
 from ..schemes import SCHEMES, Scheme, get_scheme
 from ..targets import select_modules
 from .convert import convert_float
+from .qat import qat_modules
 
 
 def quantize_dynamic(
@@ -107,6 +108,11 @@ def require_unquantized(model: nn.Module) -> None:
         raise ValueError(
             f"{type(model).__name__} is quantized already: {len(modules)} of its modules are int8, such as "
             f"{next(iter(modules))}. Start from the float model or checkpoint."
+        )
+    if qat_modules(model):
+        raise ValueError(
+            f"{type(model).__name__} is prepared for quantization-aware training. Let its QATCallback convert it at "
+            "the end of training, or load the float checkpoint."
         )
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:

@@ -23,6 +23,10 @@ class _Int8Weight(nn.Module):
     weight_scale: Tensor
     transposed = False
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_load_state_dict_pre_hook(refuse_float_weights)
+
     @property
     def int8_weight(self) -> Tensor:
         """The stored weight: int8, (out_features, in_features) or (num_embeddings, embedding_dim)."""
@@ -270,6 +274,23 @@ INT8_MODULES = (Int8Linear, Int8Embedding)
 def int8_modules(model: nn.Module) -> dict[str, Int8Linear | Int8Embedding]:
     """The int8 modules of a model by qualified name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, INT8_MODULES)}
+
+
+def refuse_float_weights(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Load-state-dict hook: float weights would be cast to int8 without a word.
+
+    Raises:
+        `RuntimeError`: if `state_dict` holds a float weight for an int8 module; nothing is loaded then.
+    """
+    for name, module in int8_modules(model).items():
+        key = ".".join(part for part in (prefix.rstrip("."), name, "weight") if part)
+        value = state_dict.get(key)
+        if isinstance(value, Tensor) and value.is_floating_point():
+            raise RuntimeError(
+                f"{key} is {value.dtype} in what is loaded, but this {type(module).__name__} is int8 and would be "
+                "destroyed by it. Load a float checkpoint into a float model: make a new Trainer or call "
+                "from_pretrained."
+            )
 
 
 class _Packed:
