@@ -288,7 +288,7 @@ def refuse_float_weights(model: nn.Module, state_dict: dict[str, Any], prefix: s
         if isinstance(value, Tensor) and value.is_floating_point():
             raise RuntimeError(
                 f"{key} is {value.dtype} in what is loaded, but this {type(module).__name__} is int8 and would be "
-                "destroyed by it. Load a float checkpoint into a float model: make a new Trainer or call "
+                "destroyed by it. To train on, make a new Trainer from the float checkpoint; to use it, call "
                 "from_pretrained."
             )
 

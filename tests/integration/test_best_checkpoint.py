@@ -52,7 +52,7 @@ def test_the_best_checkpoint_is_what_becomes_int8(scheme: str, tmp_path: Path) -
     last = load_file(tmp_path / "run" / "checkpoint-8" / "model.safetensors")
     name = "bert.pooler.dense"
     weight, layer = stored[f"{name}.weight"], int8_modules(trainer.model)[name]
-    assert torch.equal(layer.weight, quantize(weight, symmetric_scale(weight, (-1,))))
+    assert torch.equal(layer.int8_weight, quantize(weight, symmetric_scale(weight, (-1,))))
     assert not torch.equal(weight, last[f"{name}.weight"])
     if scheme == "int8_static":
         low, high = (stored[f"{name}.activation_fake_quant.observer.{end}_val"] for end in ("min", "max"))
@@ -87,7 +87,7 @@ def test_where_no_evaluation_follows_the_start_the_last_weights_are_taken(tmp_pa
     assert trainer.state.best_global_step != 3
     stored = load_file(tmp_path / "run" / "checkpoint-5" / "model.safetensors")["bert.pooler.dense.weight"]
     layer = int8_modules(trainer.model)["bert.pooler.dense"]
-    assert torch.equal(layer.weight, quantize(stored, symmetric_scale(stored, (-1,))))
+    assert torch.equal(layer.int8_weight, quantize(stored, symmetric_scale(stored, (-1,))))
 
 
 def test_old_checkpoints_are_removed_but_the_best_one_stays(tmp_path: Path) -> None:

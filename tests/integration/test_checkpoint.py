@@ -45,7 +45,7 @@ def test_what_lies_on_disk(scheme: str, tmp_path: Path) -> None:
     stored = load_file(tmp_path / "int8" / "model.safetensors")
     for name, module in int8_modules(model).items():
         assert stored[f"{name}.weight"].dtype == torch.int8, name
-        assert stored[f"{name}.weight_scale"].shape == (module.weight.shape[0], 1)
+        assert stored[f"{name}.weight_scale"].shape == (module.int8_weight.shape[0], 1)
         if isinstance(module, Int8Linear) and scheme == "int8_static":
             assert stored[f"{name}.input_scale"].shape == (1,)
             assert stored[f"{name}.input_zero_point"].dtype == torch.int8
@@ -144,8 +144,8 @@ def test_no_float_weight_is_ever_made(scheme: str, tmp_path: Path, monkeypatch: 
     with Allocations() as seen:
         loaded = load_quantized(tmp_path / "int8")
     for name, module in int8_modules(loaded).items():
-        assert tuple(module.weight.shape) not in seen.shapes, name
-        assert tuple(module.weight.t().shape) not in seen.shapes, name
+        assert tuple(module.int8_weight.shape) not in seen.shapes, name
+        assert tuple(module.int8_weight.t().shape) not in seen.shapes, name
     assert (3, 32) in seen.shapes, "the classifier was seen, so the watch works"
     assert {name for name, _ in loaded.named_parameters()} == {name for name, _ in model.named_parameters()}, (
         "what is a parameter still is one"

@@ -66,7 +66,7 @@ def test_trainer(scheme: str, tmp_path: Path) -> None:
     trainer.train()
     assert callback.conversion is not None
     assert min(callback.conversion.layer_sqnr.values()) > 60
-    assert all(module.weight.is_cuda for module in int8_modules(trainer.model).values())
+    assert all(module.int8_weight.is_cuda for module in int8_modules(trainer.model).values())
     during = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry][-1]
     assert trainer.evaluate()["eval_loss"] == pytest.approx(during, rel=0.02)
     trainer.save_model(str(tmp_path / "int8"))

@@ -52,7 +52,7 @@ def test_a_bfloat16_model(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, tiny_bert().bfloat16(), [callback])
     trainer.train()
     assert all(
-        module.weight_scale.dtype == torch.bfloat16 and module.weight.dtype == torch.int8
+        module.weight_scale.dtype == torch.bfloat16 and module.int8_weight.dtype == torch.int8
         for module in int8_modules(trainer.model).values()
     )
     trainer.save_model(str(tmp_path / "int8"))

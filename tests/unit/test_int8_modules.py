@@ -64,7 +64,21 @@ def test_no_bias_is_no_buffer() -> None:
 def test_weight_is_fake_quants(scheme: str) -> None:
     weight = torch.randn(6, 16)
     layer = Int8Linear.from_float(weight, None, SCHEMES[scheme], BOUNDS)
-    assert torch.equal(dequantize(layer.weight, layer.weight_scale), fake_quantize_symmetric(weight, (-1,)))
+    assert torch.equal(dequantize(layer.int8_weight, layer.weight_scale), fake_quantize_symmetric(weight, (-1,)))
+
+
+@schemes
+def test_weight_read_from_outside_is_the_float_one(scheme: str) -> None:
+    """Models multiply by it, or cast to its dtype; a Conv1D's is (in, out), as its float one was."""
+    weight = torch.randn(6, 16)
+    linear = Int8Linear.from_float(weight, None, SCHEMES[scheme], BOUNDS)
+    conv1d = Int8Linear.from_float(weight.t(), None, SCHEMES[scheme], BOUNDS, transposed=True)
+    table = Int8Embedding.from_float(weight)
+    expected = fake_quantize_symmetric(weight, (-1,))
+    assert torch.equal(linear.weight, expected)
+    assert torch.equal(conv1d.weight, expected.t())
+    assert torch.equal(table.weight, expected)
+    assert linear.state_dict()["weight"].dtype == torch.int8
 
 
 def test_static_scheme_needs_a_range() -> None:
@@ -91,7 +105,7 @@ def test_deepcopy_shares_nothing_and_computes_the_same(scheme: str) -> None:
     expected = layer(_values())  # packs the weight for oneDNN
     twin = copy.deepcopy(layer)
     assert torch.equal(twin(_values()), expected)
-    layer.weight.zero_()
+    layer.int8_weight.zero_()
     assert torch.equal(twin(_values()), expected)
 
 
@@ -149,7 +163,7 @@ def test_casting_after_packing_takes_effect(scheme: str) -> None:
     layer, fresh = _linear(scheme), _linear(scheme).bfloat16()
     layer(_values())
     layer.bfloat16()
-    assert layer.weight.dtype == torch.int8
+    assert layer.int8_weight.dtype == torch.int8
     assert torch.equal(layer(_values()), fresh(_values()))
 
 
@@ -216,7 +230,7 @@ def test_embedding_rows_are_fake_quants() -> None:
 def test_half_precision_embedding_returns_its_dtype(dtype: torch.dtype) -> None:
     module = Int8Embedding.from_float(torch.randn(5, 8).to(dtype))
     assert module(torch.tensor([1, 2])).dtype == dtype
-    assert module.weight.dtype == torch.int8
+    assert module.int8_weight.dtype == torch.int8
 
 
 def test_embedding_of_nothing() -> None:
@@ -266,4 +280,4 @@ def test_scale_of_every_channel_is_its_own() -> None:
     weight = torch.randn(6, 16) * torch.logspace(-3, 3, 6)[:, None]
     layer = Int8Linear.from_float(weight, None, SCHEMES["int8_dynamic"])
     assert torch.equal(layer.weight_scale, symmetric_scale(weight, (-1,)))
-    assert (layer.weight.abs().amax(-1) >= 127).all()
+    assert (layer.int8_weight.abs().amax(-1) >= 127).all()

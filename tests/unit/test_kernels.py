@@ -42,7 +42,7 @@ def _close(got: Tensor, expected: Tensor, layer: Int8Linear, values: Tensor) -> 
     assert got.shape == expected.shape
     assert got.dtype == expected.dtype
     size = values.abs().amax().item() if values.numel() else 0.0
-    weight = (layer.weight.float() * layer.weight_scale).abs().sum(-1).max().item()
+    weight = (layer.int8_weight.float() * layer.weight_scale).abs().sum(-1).max().item()
     bias = 0.0 if layer.bias is None else layer.bias.abs().max().item()
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-6 * (size * weight + bias) + 1e-30)
 
@@ -134,7 +134,7 @@ def test_by_hand(kernel: Kernel) -> None:
     """Inputs in -1..1.55: s_x = 0.01, z = -28; weights 64 and -127.5: s_w = 1, and a tie, rounded to even."""
     bounds = (torch.tensor(-1.0), torch.tensor(1.55))
     layer = Int8Linear.from_float(torch.tensor([[64.0, -127.5]]), torch.tensor([0.5]), SCHEMES["int8_static"], bounds)
-    assert layer.weight.tolist() == [[64, -128]]
+    assert layer.int8_weight.tolist() == [[64, -128]]
     assert layer.input_zero_point.tolist() == [-28]
     # 0.5 is a quantum, 3 is clipped to 1.55.
     assert _run(layer, torch.tensor([[0.5, 3.0]]), kernel).item() == pytest.approx(0.5 * 64 - 1.55 * 128 + 0.5)

@@ -179,6 +179,7 @@ def test_a_tied_group_named_whole_is_taken() -> None:
     assert selection.quantized == {"model.embed_tokens": "embedding", "lm_head": "linear"}
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_subclasses_and_odd_weights_are_left_with_the_reason() -> None:
     class Scaled(nn.Linear):
         def forward(self, input: torch.Tensor) -> torch.Tensor:
