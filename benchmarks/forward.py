@@ -1,6 +1,6 @@
 """Milliseconds of a forward: float32, bf16 and int8, eager, interleaved. The fast path proper comes later.
 
-    python benchmarks/forward.py [--shape minilm|bert-base] [--rounds 15]
+python benchmarks/forward.py [--shape minilm|bert-base] [--rounds 15]
 """
 
 from __future__ import annotations

@@ -33,6 +33,13 @@ def measure(stage: str) -> dict[str, float]:
     from hf_quant.targets import select_modules
 
     inputs = {"input_ids": torch.randint(1000, 30000, (8, 64), generator=torch.Generator().manual_seed(0))}
+    small = BertForSequenceClassification(BertConfig(num_hidden_layers=1, hidden_size=64, num_attention_heads=2))
+    scheme, selection = get_scheme("int8_static"), select_modules(small)
+    state = prepare(small, scheme, selection)
+    state.observing = state.fake_quantizing = True
+    small.train()(**inputs)
+    convert_qat(small, state, scheme, selection, list(state.inputs))
+    del small, state  # what libraries load and compile at their first use is not the model's
     before = peak_bytes()
     with torch.device("meta"):  # so that nothing but the weights themselves counts as the float model
         model = BertForSequenceClassification(BertConfig())
