@@ -13,6 +13,7 @@ from transformers import (
     EarlyStoppingCallback,
     Trainer,
     TrainerCallback,
+    TrainingArguments,
 )
 
 from hf_quant import QATCallback, load_quantized
@@ -104,7 +105,9 @@ def test_gradient_accumulation_counts_steps_not_forwards(tmp_path: Path) -> None
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("maker", [tiny_bert, tiny_llama])
 def test_activation_checkpointing_sees_each_batch_once(maker: Any, reentrant: bool, tmp_path: Path) -> None:
-    options = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    # transformers before 5.23 knows it as gradient checkpointing.
+    name = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
+    options = {f"{name}_checkpointing": True, f"{name}_checkpointing_kwargs": {"use_reentrant": reentrant}}
     models = []
     for changes in ({}, options):
         # Reentrant checkpointing needs an input with a gradient: the embeddings', which both have.
