@@ -84,6 +84,7 @@ class Int8Linear(_Int8Weight):
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
+        self.shape = torch.Size((out_features, in_features))
         self.scheme = scheme
         self.transposed = transposed
         self.register_buffer("weight", torch.empty(out_features, in_features, dtype=torch.int8, device=device))
@@ -245,6 +246,7 @@ class Int8Embedding(_Int8Weight):
         super().__init__()
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
+        self.shape = torch.Size((num_embeddings, embedding_dim))
         self.padding_idx = padding_idx
         weight = torch.empty(num_embeddings, embedding_dim, dtype=torch.int8, device=device)
         self.register_buffer("weight", weight)
