@@ -1,4 +1,4 @@
-"""The arithmetic of int8: from ranges to scales and zero points, from values to integers and back."""
+"""The arithmetic of integers: from ranges to scales and zero points, from values to integers and back."""
 
 from __future__ import annotations
 
@@ -8,21 +8,29 @@ import torch
 from torch import Tensor
 
 INT8_MIN, INT8_MAX = -128, 127
-_STEPS = INT8_MAX - INT8_MIN  # 255
 _CHUNK = 2**19  # elements
 
 
-def calculate_qparams(min_val: Tensor, max_val: Tensor, *, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of int8 for a range, as the compressed-tensors layout computes them.
+def integer_range(bits: int) -> tuple[int, int]:
+    """The smallest and the largest signed integer of so many bits: -128 and 127, -8 and 7 ..."""
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
-    Symmetric: `s = max(|min|, |max|) / 127.5`, `z = 0`. Asymmetric: `s = (max - min) / 255`,
-    `z = round(-128 - min / s)`, after Jacob et al. (2018), eq. 1, with the range widened to hold 0. A reload by
-    plain transformers is bit-equal only because formula, order of operations and dtype are the same here.
+
+def calculate_qparams(
+    min_val: Tensor, max_val: Tensor, *, symmetric: bool, bits: int = 8
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of b-bit integers for a range, as the compressed-tensors layout computes them.
+
+    With `n = 2^b - 1` steps. Symmetric: `s = max(|min|, |max|) / (n / 2)`, `z = 0`. Asymmetric:
+    `s = (max - min) / n`, `z = round(-2^(b-1) - min / s)`, after Jacob et al. (2018), eq. 1, with the range widened
+    to hold 0. A reload by plain transformers is bit-equal only because formula, order of operations and dtype are
+    the same here.
 
     Args:
         min_val (`torch.Tensor`): smallest values, any shape, float.
         max_val (`torch.Tensor`): largest values, the same shape and dtype.
         symmetric (`bool`): whether the zero point is 0.
+        bits (`int`, *optional*, defaults to 8): of the integers, 2 to 8.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: the scale (dtype of the range; machine epsilon where the range is
@@ -30,31 +38,34 @@ def calculate_qparams(min_val: Tensor, max_val: Tensor, *, symmetric: bool) -> t
     """
     min_val = torch.clamp(min_val, max=0.0)
     max_val = torch.clamp(max_val, min=0.0)
+    low, high = integer_range(bits)
     if symmetric:
-        scale = torch.maximum(-min_val, max_val) / (_STEPS / 2)
+        scale = torch.maximum(-min_val, max_val) / ((high - low) / 2)
         zero_point = torch.zeros_like(scale, dtype=torch.int8)
     else:
-        scale = (max_val - min_val) / float(_STEPS)
-        zero_point = INT8_MIN - (min_val / scale)
+        scale = (max_val - min_val) / float(high - low)
+        zero_point = low - (min_val / scale)
         # An empty range gives 0/0; any zero point serves it.
-        zero_point = torch.nan_to_num(zero_point, nan=0.0).clamp(INT8_MIN, INT8_MAX).round().to(torch.int8)
+        zero_point = torch.nan_to_num(zero_point, nan=0.0).clamp(low, high).round().to(torch.int8)
     scale = torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
     return scale, zero_point
 
 
-def symmetric_scale(values: Tensor, dims: Sequence[int]) -> Tensor:
-    """The symmetric int8 scale of values that share it along `dims`.
+def symmetric_scale(values: Tensor, dims: Sequence[int], bits: int = 8) -> Tensor:
+    """The symmetric scale of values that share it along `dims`.
 
     Args:
         values (`torch.Tensor`): float values, any shape.
         dims (sequence of `int`): dimensions that share one scale: `(-1,)` for each output channel of a
             `(out, in)` weight, each row of an embedding and each token of `(batch, length, hidden)`.
+        bits (`int`, *optional*, defaults to 8): of the integers, 2 to 8.
 
     Returns:
         `torch.Tensor`: scales of `values`' dtype, with `dims` kept as 1.
     """
     dims = tuple(dims)
-    return calculate_qparams(values.amin(dims, keepdim=True), values.amax(dims, keepdim=True), symmetric=True)[0]
+    low, high = values.amin(dims, keepdim=True), values.amax(dims, keepdim=True)
+    return calculate_qparams(low, high, symmetric=True, bits=bits)[0]
 
 
 def token_dims(values: Tensor) -> tuple[int, ...]:
@@ -75,15 +86,16 @@ def quanta(values: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> T
     return result
 
 
-def quantize(values: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
-    """`clamp(round(x / s + z), -128, 127)` as int8.
+def quantize(values: Tensor, scale: Tensor, zero_point: Tensor | None = None, bits: int = 8) -> Tensor:
+    """`clamp(round(x / s + z), -2^(b-1), 2^(b-1) - 1)` as int8, whatever the bits.
 
     Args:
         values (`torch.Tensor`): float values.
         scale (`torch.Tensor`): broadcasts against `values`.
         zero_point (`torch.Tensor`, *optional*): int8, of `scale`'s shape; 0 if absent.
+        bits (`int`, *optional*, defaults to 8): of the integers, 2 to 8.
     """
-    return quanta(values, scale, zero_point).clamp_(INT8_MIN, INT8_MAX).round_().to(torch.int8)
+    return quanta(values, scale, zero_point).clamp_(*integer_range(bits)).round_().to(torch.int8)
 
 
 def dequantize(quantized: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
@@ -94,22 +106,70 @@ def dequantize(quantized: Tensor, scale: Tensor, zero_point: Tensor | None = Non
     return values * scale
 
 
-def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight in symmetric int8, one scale a row, found a few rows at a time.
+def quantize_weight(
+    weight: Tensor, bits: int = 8, group_size: int | None = None, search: bool = False
+) -> tuple[Tensor, Tensor]:
+    """A weight in symmetric integers, one scale a row or a group, found a few rows at a time.
 
     Args:
         weight (`torch.Tensor`): (rows, columns), float; rows are output channels or the words of an embedding.
+        bits (`int`, *optional*, defaults to 8): of the integers, 2 to 8.
+        group_size (`int`, *optional*): columns that share a scale, a divisor of `columns`; all of them by default.
+        search (`bool`, *optional*, defaults to `False`): whether to look for the scale with the least squared error
+            (see [`search_scale`]) rather than take the one that holds the largest weight.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: int8 (rows, columns), contiguous, and scales (rows, 1) of `weight`'s
-        dtype.
+        `tuple[torch.Tensor, torch.Tensor]`: int8 (rows, columns), contiguous, whatever the bits, and scales
+        (rows, groups) of `weight`'s dtype; one group without `group_size`.
     """
+    rows, columns = weight.shape
+    size = group_size or columns
     quantized = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    scale = torch.empty(weight.shape[0], 1, dtype=weight.dtype, device=weight.device)
-    for rows in row_chunks(weight):
-        scale[rows] = symmetric_scale(weight[rows], (-1,))
-        quantized[rows] = quantize(weight[rows], scale[rows])
+    scale = torch.empty(rows, columns // size, dtype=weight.dtype, device=weight.device)
+    for chunk in row_chunks(weight):
+        values = weight[chunk].reshape(-1, columns // size, size)
+        found = search_scale(values, bits) if search else symmetric_scale(values, (-1,), bits)
+        scale[chunk] = found.squeeze(-1)
+        quantized[chunk] = quantize(values, found, bits=bits).reshape(-1, columns)
     return quantized, scale
+
+
+def dequantize_weight(quantized: Tensor, scale: Tensor) -> Tensor:
+    """The float weight (rows, columns) of what [`quantize_weight`] returned, in `scale`'s dtype."""
+    rows, columns = quantized.shape
+    groups = scale.shape[1]
+    if groups == 1:
+        return dequantize(quantized, scale)
+    return dequantize(quantized.view(rows, groups, columns // groups), scale.unsqueeze(-1)).view(rows, columns)
+
+
+def search_scale(values: Tensor, bits: int, steps: int = 40, least: float = 0.4) -> Tensor:
+    """The symmetric scale, along the last dimension, with the least squared rounding error.
+
+    Tries `s = p * s_max` for `steps` values of p from 1 down to `least`, where `s_max` is the scale that holds the
+    largest value: clipping a few outliers buys finer steps for all others (Banner et al., 2019, section 3; a search
+    as in Choukroun et al., 2019, "Low-bit quantization of neural networks for efficient inference").
+
+    Args:
+        values (`torch.Tensor`): float, any shape.
+        bits (`int`): of the integers, 2 to 8.
+        steps (`int`, *optional*, defaults to 40): candidates.
+        least (`float`, *optional*, defaults to 0.4): the smallest share of `s_max` that is tried.
+
+    Returns:
+        `torch.Tensor`: scales of `values`' dtype, the last dimension kept as 1.
+    """
+    largest = symmetric_scale(values, (-1,), bits)
+    best, least_error = largest, torch.full_like(largest, torch.inf, dtype=torch.float32)
+    low, high = integer_range(bits)
+    exact = values.float()
+    for share in torch.linspace(1.0, least, steps).tolist():
+        scale = (largest * share).clamp(min=torch.finfo(largest.dtype).tiny)
+        rounded = quanta(values, scale).clamp_(low, high).round_().mul_(scale)
+        error = rounded.sub_(exact).square_().sum(-1, keepdim=True)
+        better = error < least_error
+        best, least_error = torch.where(better, scale, best), torch.where(better, error, least_error)
+    return best
 
 
 def row_chunks(weight: Tensor) -> Iterator[slice]:

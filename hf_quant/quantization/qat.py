@@ -19,6 +19,7 @@ from ..schemes import Scheme
 from ..targets import Selection, replace_module, require_finite
 from .fake_quantize import fake_quantize, fake_quantize_symmetric
 from .int8_training import QuantizedInput, int8_linear, quantize_input, runs_in_int8, version_of
+from .masks import batch_masks, mask_for
 from .observers import MovingAverageMinMax, batch_range
 
 _KEPT_INPUTS = 2  # batches kept for the parity check at convert
@@ -51,10 +52,10 @@ class QATState:
     def range_of(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """The range of an activation without its padding; found once for query, key and value."""
         if torch.compiler.is_compiling():
-            return batch_range(values, _mask_for(values, self.masks))
+            return batch_range(values, mask_for(values, self.masks))
         last, version = self.last_range, version_of(values)
         if last is None or last[0]() is not values or last[1] != version or version is None:
-            found = batch_range(values, _mask_for(values, self.masks))
+            found = batch_range(values, mask_for(values, self.masks))
             last = self.last_range = weakref.ref(values), version, found
         return last[2]
 
@@ -222,11 +223,7 @@ class _InputWatcher:
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-        self.state.masks = [
-            value.bool()
-            for name, value in inputs.items()
-            if name.endswith("attention_mask") and isinstance(value, Tensor) and value.ndim == 2
-        ]
+        self.state.masks = batch_masks(inputs)
         self.state.last_range = self.state.last_input = None
         # A used cache changes with each forward: both sides of the proof would not get the same input.
         if not torch.compiler.is_compiling() and inputs.get("past_key_values") is None:
@@ -235,13 +232,6 @@ class _InputWatcher:
 
 def _detached(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value.detach() if isinstance(value, Tensor) else value for key, value in inputs.items()}
-
-
-def _mask_for(values: Tensor, masks: list[Tensor]) -> Tensor | None:
-    """The attention mask that belongs to an activation: the only one of its (batch, length)."""
-    fitting = [mask for mask in masks if values.ndim == 3 and mask.shape == values.shape[:-1]]
-    # An encoder's and a decoder's masks of the same shape cannot be told apart here: count all positions then.
-    return fitting[0] if len(fitting) == 1 else None
 
 
 def _recomputing() -> bool:
