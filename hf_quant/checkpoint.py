@@ -18,7 +18,7 @@ from transformers import AutoConfig, PreTrainedModel
 from .errors import did_you_mean
 from .hf_quantizer import METHOD, HfQuantConfig, HfQuantQuantizer
 from .layout import QUANT_METHOD, quantization_config
-from .runtime.modules import int8_modules, refuse_float_weights
+from .runtime.base import quantized_modules, refuse_float_weights
 
 _WEIGHTS = "model*.safetensors*"
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "subfolder")
@@ -61,7 +61,7 @@ def save_quantized(
         `ValueError`: if the model has no int8 module.
         `FileExistsError`: if the folder is not empty and `overwrite` is not set.
     """
-    if not int8_modules(model):
+    if not quantized_modules(model):
         raise ValueError(
             f"{type(model).__name__} has no int8 module. Quantize it first, with quantize_dynamic or QATCallback."
         )
@@ -109,9 +109,10 @@ def load_quantized(
     )
     # transformers 5.20 loads a buffer of another shape without a word.
     silent = [
-        (f"{name}.weight", module.int8_weight.shape, module.shape)
-        for name, module in int8_modules(model).items()
-        if module.int8_weight.shape != module.shape
+        (f"{name}.{buffer}", found, expected)
+        for name, module in quantized_modules(model).items()
+        for buffer, found, expected in module.stored_shapes()
+        if found != expected
     ]
     for name, found, expected in [*info["mismatched_keys"], *silent]:
         raise ValueError(

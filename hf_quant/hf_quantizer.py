@@ -9,8 +9,10 @@ from transformers.core_model_loading import dot_natural_key
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .layout import quantization_config, read_schemes
+from .layout import Stored, quantization_config, read_schemes
+from .runtime.base import QuantizedModule
 from .runtime.modules import Int8Embedding, Int8Linear
+from .runtime.packed import PackedLinear
 from .targets import replace_module
 
 METHOD = "hf_quant"
@@ -45,20 +47,8 @@ class HfQuantQuantizer(HfQuantizer):
         self.tied: dict[str, str] = {}
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        shell: Int8Linear | Int8Embedding
-        for name, scheme in read_schemes(self.quantization_config.layout, model).items():
-            module = model.get_submodule(name)
-            weight: Tensor = module.weight  # type: ignore[assignment]
-            if scheme is None:
-                rows, columns = weight.shape
-                padding_idx = module.padding_idx if isinstance(module, nn.Embedding) else None
-                shell = Int8Embedding(rows, columns, padding_idx, weight.dtype, "meta")
-            else:
-                transposed = not isinstance(module, nn.Linear)
-                out_features, in_features = weight.t().shape if transposed else weight.shape
-                bias = module.bias is not None
-                shell = Int8Linear(in_features, out_features, scheme, bias, transposed, weight.dtype, "meta")
-            replace_module(model, name, shell)
+        for name, stored in read_schemes(self.quantization_config.layout, model).items():
+            replace_module(model, name, _shell(model.get_submodule(name), stored))
         # Tied weights are Parameters to transformers, which would look for them; int8 ones are tied afterwards.
         tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
         parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -94,3 +84,17 @@ class HfQuantQuantizer(HfQuantizer):
     def is_qat_trainable(self) -> bool:
         """Lets a Trainer hold the model, to evaluate it."""
         return True
+
+
+def _shell(module: nn.Module, stored: Stored) -> QuantizedModule:
+    """The quantized module, without its numbers, that takes a float module's place."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    if stored.scheme is None:
+        rows, columns = weight.shape
+        padding_idx = module.padding_idx if isinstance(module, nn.Embedding) else None
+        return Int8Embedding(rows, columns, padding_idx, weight.dtype, "meta")
+    transposed = not isinstance(module, nn.Linear)
+    out_features, in_features = weight.t().shape if transposed else weight.shape
+    kind = PackedLinear if stored.packed else Int8Linear
+    bias = module.bias is not None
+    return kind(in_features, out_features, stored.scheme, bias, transposed, weight.dtype, "meta")

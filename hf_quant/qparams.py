@@ -16,9 +16,7 @@ def integer_range(bits: int) -> tuple[int, int]:
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
-def calculate_qparams(
-    min_val: Tensor, max_val: Tensor, *, symmetric: bool, bits: int = 8
-) -> tuple[Tensor, Tensor]:
+def calculate_qparams(min_val: Tensor, max_val: Tensor, *, symmetric: bool, bits: int = 8) -> tuple[Tensor, Tensor]:
     """Scale and zero point of b-bit integers for a range, as the compressed-tensors layout computes them.
 
     With `n = 2^b - 1` steps. Symmetric: `s = max(|min|, |max|) / (n / 2)`, `z = 0`. Asymmetric:

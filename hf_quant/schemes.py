@@ -43,7 +43,8 @@ class Scheme:
         return self.bits < 8 or self.group_size is not None
 
 
-def _make(bits: int, activations: Literal["static", "dynamic"] | None, group_size: int | None) -> Scheme:
+def make_scheme(bits: int, activations: Literal["static", "dynamic"] | None, group_size: int | None = None) -> Scheme:
+    """The scheme of those properties, with the name that stands for them; see [`Scheme`]."""
     kind = activations or "weight_only"
     default = _DEFAULT_GROUP if bits < 8 else None
     name = f"int{bits}_{kind}" + (f"_g{group_size}" if group_size != default else "")
@@ -60,11 +61,11 @@ def _make(bits: int, activations: Literal["static", "dynamic"] | None, group_siz
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
-        _make(8, "dynamic", None),
-        _make(8, "static", None),
-        _make(8, None, None),
-        _make(4, None, _DEFAULT_GROUP),
-        _make(4, "dynamic", _DEFAULT_GROUP),
+        make_scheme(8, "dynamic", None),
+        make_scheme(8, "static", None),
+        make_scheme(8, None, None),
+        make_scheme(4, None, _DEFAULT_GROUP),
+        make_scheme(4, "dynamic", _DEFAULT_GROUP),
     )
 }
 
@@ -95,7 +96,7 @@ def get_scheme(name: str | Scheme) -> Scheme:
     if group is not None and group not in GROUP_SIZES:
         raise ValueError(
             f"scheme {name!r} has groups of {group}; allowed: {', '.join(map(str, GROUP_SIZES))}. Write, for example, "
-            f"int{bits}_{kind}_g{min(GROUP_SIZES, key=lambda size: abs(size - group))}."
+            f"int{bits}_{kind}_g{min(GROUP_SIZES, key=lambda size: abs(size - int(found[3])))}."
         )
     if kind == "static" and (bits < 8 or group is not None):
         raise ValueError(
@@ -105,5 +106,5 @@ def get_scheme(name: str | Scheme) -> Scheme:
     if group is None and bits < 8:
         group = _DEFAULT_GROUP
     activations: Literal["static", "dynamic"] | None = None if kind == "weight_only" else kind  # type: ignore[assignment]
-    made = _make(bits, activations, group)
+    made = make_scheme(bits, activations, group)
     return SCHEMES.get(made.name, made)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import fnmatch
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from .errors import did_you_mean
+from .schemes import Scheme, get_scheme, make_scheme
 
 Kind = Literal["linear", "conv1d", "embedding"]
 
@@ -22,11 +23,17 @@ class Selection:
 
     Args:
         quantized (`dict[str, Kind]`): kind of module by qualified name, in the model's order.
-        left (`dict[str, str]`): the reason by qualified name, for each further Linear, Conv1D and Embedding.
+        left (`dict[str, str]`): the reason by qualified name, for each further module that holds a weight.
+        schemes (`dict[str, Scheme]`, *optional*): of the modules whose scheme is not the model's.
     """
 
     quantized: dict[str, Kind]
     left: dict[str, str]
+    schemes: dict[str, Scheme] = field(default_factory=dict)
+
+    def scheme_of(self, name: str, default: Scheme) -> Scheme:
+        """The scheme of one module, where `default` is the model's."""
+        return self.schemes.get(name, default)
 
 
 def select_modules(
@@ -34,18 +41,24 @@ def select_modules(
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] | None = None,
     embeddings: bool = True,
+    scheme: Scheme | None = None,
+    overrides: Mapping[str, str | Scheme | None] | None = None,
 ) -> Selection:
     """Choose the modules to quantize.
 
     Without `targets`, every `nn.Linear`, transformers `Conv1D` and `nn.Embedding` is chosen but for the model's
     head (all that lies outside its base model, such as a classifier or LM head) and modules that share a weight
-    with another one. With `targets`, exactly what the patterns match is chosen, heads included.
+    with another one. With `targets`, exactly what the patterns match is chosen, heads included. What `overrides`
+    gives a scheme is chosen too.
 
     Args:
         model (`torch.nn.Module`): the float model.
         targets (list of `str`, *optional*): shell-style patterns over qualified names, such as `"*.query"`.
         ignore (list of `str`, *optional*): patterns of modules to leave in float.
         embeddings (`bool`, *optional*, defaults to `True`): whether embeddings may be chosen.
+        scheme ([`Scheme`], *optional*): of the Linear layers; those that its groups do not divide are left.
+        overrides (`dict`, *optional*): schemes, or `None` for float, by pattern; the first that matches a module
+            holds: `{"*.query": "int8_dynamic", "lm_head": None}`.
 
     Raises:
         `ValueError`: if a pattern matches no module, nothing is left to quantize, or only a part of a group of
@@ -57,37 +70,50 @@ def select_modules(
             f"{type(model).__name__} has no module that can be quantized: it holds no nn.Linear, transformers "
             "Conv1D or nn.Embedding. Pass a model built from those."
         )
-    for option, patterns in (("targets", targets), ("ignore", ignore)):
+    for option, patterns in (("targets", targets), ("ignore", ignore), ("overrides", list(overrides or ()))):
         _require_matches(option, patterns, candidates)
+    chosen = {pattern: None if own is None else get_scheme(own) for pattern, own in (overrides or {}).items()}
 
     head = _head_names(model)
     tied = _tied_partners(candidates)
     quantized: dict[str, Kind] = {}
     left: dict[str, str] = {}
+    schemes: dict[str, Scheme] = {}
     for name, module in candidates.items():
         kind, obstacle = _kind(module)
+        pattern = next((pattern for pattern in chosen if fnmatch.fnmatchcase(name, pattern)), None)
+        own = scheme if pattern is None else chosen[pattern]
         if _matches(name, ignore or ()):
             left[name] = "ignored"
-        elif targets is not None and not _matches(name, targets):
+        elif pattern is not None and own is None:
+            left[name] = "float by `overrides`"
+        elif targets is not None and pattern is None and not _matches(name, targets):
             left[name] = "not a target"
         elif obstacle or kind is None:
             left[name] = obstacle
         elif kind == "embedding" and not embeddings:
             left[name] = "embeddings=False"
-        elif targets is None and name in tied:
+        elif targets is None and pattern is None and name in tied:
             left[name] = f"shares its weight with {', '.join(tied[name])}"
-        elif targets is None and any(name == prefix or name.startswith(prefix + ".") for prefix in head):
+        elif targets is None and pattern is None and any(name == p or name.startswith(p + ".") for p in head):
             left[name] = "head"
+        elif kind != "embedding" and own is not None and not _divides(module, kind, own):
+            left[name] = f"its {_in_features(module, kind)} inputs are not a multiple of the group of {own.group_size}"
         else:
+            if kind == "embedding" and pattern is not None and own is not None and own.packed:
+                raise ValueError(
+                    f"`overrides` gives the embedding {name} the scheme {own.name!r}, but embeddings are int8 by row: "
+                    "the layout's readers know no other. Write int8_weight_only, or None for float."
+                )
             quantized[name] = kind
+            if pattern is not None and own is not None and own != scheme:
+                schemes[name] = own
 
-    for name in list(quantized):
-        apart = [partner for partner in tied.get(name, ()) if partner not in quantized]
-        if apart:
-            raise ValueError(
-                f"{name} shares its weight with {', '.join(apart)}, which would stay in float: the weight would "
-                f"be stored twice. Name all of them in `targets`, or put {name} into `ignore`."
-            )
+    _require_whole_ties(quantized, tied)
+    for name in quantized:
+        own = schemes.get(name, scheme)
+        if own is not None and own.packed and name in tied:
+            schemes[name] = make_scheme(8, own.activations)  # one weight has one form, and an embedding's is int8
     if not quantized:
         raise ValueError(
             f"nothing is left to quantize in {type(model).__name__}: "
@@ -95,7 +121,8 @@ def select_modules(
             + (f"; and {len(left) - 5} more" if len(left) > 5 else "")
             + ". Loosen `targets` or `ignore`."
         )
-    return Selection(quantized, left)
+    left.update(_others(model, candidates))
+    return Selection(quantized, left, schemes)
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -147,6 +174,42 @@ def _kind(module: nn.Module) -> tuple[Kind | None, str]:
     if weight.numel() == 0:
         return None, "its weight is empty"
     return kind, ""
+
+
+def _in_features(module: nn.Module, kind: Kind) -> int:
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight.shape[0 if kind == "conv1d" else 1]
+
+
+def _divides(module: nn.Module, kind: Kind, scheme: Scheme) -> bool:
+    return scheme.group_size is None or _in_features(module, kind) % scheme.group_size == 0
+
+
+def _require_whole_ties(quantized: dict[str, Kind], tied: dict[str, list[str]]) -> None:
+    for name in quantized:
+        apart = [partner for partner in tied.get(name, ()) if partner not in quantized]
+        if apart:
+            raise ValueError(
+                f"{name} shares its weight with {', '.join(apart)}, which would stay in float: the weight would "
+                f"be stored twice. Name all of them in `targets`, or put {name} into `ignore`."
+            )
+
+
+def _others(model: nn.Module, candidates: dict[str, nn.Module]) -> dict[str, str]:
+    """Modules of other kinds that hold a matrix: named, so that no weight is passed over in silence."""
+    reasons: dict[str, str] = {}
+    for name, module in model.named_modules():
+        matrices = [p for p in module.parameters(recurse=False) if p.ndim >= 2 and min(p.shape[-2:]) > 1]
+        if name in candidates or not matrices:
+            continue
+        kind = type(module).__name__
+        if isinstance(module, nn.modules.conv._ConvNd) or "Conv" in kind:
+            reasons[name] = f"a convolution ({kind})"
+        elif "Expert" in kind:
+            reasons[name] = f"the fused weights of {matrices[0].shape[0]} experts ({kind})"
+        else:
+            reasons[name] = f"{kind} holds its weight outside of a Linear, Conv1D or Embedding"
+    return reasons
 
 
 def _require_matches(option: str, patterns: Sequence[str] | None, candidates: Iterable[str]) -> None:

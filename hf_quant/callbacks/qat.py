@@ -13,9 +13,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..checkpoint import attach_quantizer
 from ..progress import progress_bar
 from ..quantization.convert import Conversion, convert_qat
-from ..quantization.fake_quantize import fake_quantize_symmetric
+from ..quantization.fake_quantize import fake_quantize_symmetric, fake_quantize_weight
 from ..quantization.post_training import require_unquantized
-from ..quantization.qat import ActivationFakeQuantize, QATConv1D, QATState, prepare, qat_modules
+from ..quantization.qat import ActivationFakeQuantize, QATConv1D, QATEmbedding, QATState, prepare, qat_modules
 from ..runtime.modules import int8_modules
 from ..schemes import Scheme, get_scheme
 from ..tables import conversion_table, print_table, selection_line
@@ -249,7 +249,7 @@ class QATCallback(TrainerCallback):
                 )
             return
         require_unquantized(model)
-        self._selection = select_modules(model, self.targets, self.ignore, self.embeddings)
+        self._selection = select_modules(model, self.targets, self.ignore, self.embeddings, self.scheme)
         self._qat = prepare(model, self.scheme, self._selection)
 
     def _steps(self, max_steps: int) -> tuple[int, int]:
@@ -329,6 +329,10 @@ def _mean_weight_sqnr(model: nn.Module) -> float:
     ratios = []
     for module in qat_modules(model).values():
         weight = module.weight.detach()
-        noise = weight - fake_quantize_symmetric(weight, (0,) if isinstance(module, QATConv1D) else (-1,))
+        if isinstance(module, QATEmbedding):
+            noise = weight - fake_quantize_symmetric(weight, (-1,))
+        else:
+            weight = weight.t() if isinstance(module, QATConv1D) else weight
+            noise = weight - fake_quantize_weight(weight, module.scheme)
         ratios.append(weight.float().square().sum() / noise.float().square().sum().clamp(min=1e-30))
     return float((10 * torch.log10(torch.stack(ratios))).mean())

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..runtime.base import QuantizedModule
 from ..runtime.kernels import int_mm_is_exact, use_kernel
 from ..runtime.modules import Int8Embedding, Int8Linear
+from ..runtime.packed import PackedLinear
 from ..schemes import Scheme
 from ..targets import Kind, Selection, replace_module, require_finite
 from .qat import QATConv1D, QATEmbedding, QATLinear, QATState, qat_modules
@@ -48,23 +50,64 @@ class Conversion:
     error_sqnr: dict[str, float] = field(default_factory=dict)
 
 
-def convert_module(module: nn.Module, scheme: Scheme) -> Int8Linear | Int8Embedding:
-    """The int8 module for a float or QAT Linear, Conv1D or Embedding."""
+def convert_module(
+    module: nn.Module,
+    scheme: Scheme,
+    input_range: tuple[Tensor, Tensor] | None = None,
+    integers: tuple[Tensor, Tensor] | None = None,
+    search: bool = False,
+) -> Int8Linear | Int8Embedding | PackedLinear:
+    """The quantized module for a float or QAT Linear, Conv1D or Embedding.
+
+    Args:
+        module (`torch.nn.Module`): stays as it is.
+        scheme ([`Scheme`]): of a Linear or Conv1D.
+        input_range (`tuple`, *optional*): smallest and largest input, shape (); for static schemes. A QAT module
+            has its own.
+        integers (`tuple`, *optional*): the weight as integers and scales, as [`quantize_weight`] gives them; by
+            default the weight is rounded.
+        search (`bool`, *optional*, defaults to `False`): see [`quantize_weight`].
+    """
     weight: Tensor = module.weight.detach()  # type: ignore[operator]
+    bias: Tensor | None = getattr(module, "bias", None)
+    transposed = not isinstance(module, (nn.Linear, nn.Embedding))
+    fake_quant = getattr(module, "activation_fake_quant", None)
+    if fake_quant is not None:
+        input_range = fake_quant.observer.min_val, fake_quant.observer.max_val
+    new: Int8Linear | Int8Embedding | PackedLinear
     if isinstance(module, nn.Embedding):
-        new: Int8Linear | Int8Embedding = Int8Embedding.from_float(weight, module.padding_idx)
+        new = Int8Embedding.from_float(weight, module.padding_idx)
+    elif scheme.packed and integers is not None:
+        new = PackedLinear.from_integers(*integers, bias, scheme, transposed)
+    elif scheme.packed:
+        new = PackedLinear.from_float(weight, bias, scheme, transposed, search)
+    elif integers is not None:
+        new = Int8Linear.from_integers(*integers, bias, scheme, input_range, transposed)
     else:
-        fake_quant = getattr(module, "activation_fake_quant", None)
-        observed = None if fake_quant is None else (fake_quant.observer.min_val, fake_quant.observer.max_val)
-        transposed = not isinstance(module, nn.Linear)
-        new = Int8Linear.from_float(weight, module.bias, scheme, observed, transposed)  # type: ignore[arg-type]
+        new = Int8Linear.from_float(weight, bias, scheme, input_range, transposed, search)
     return new.train(module.training)
 
 
 def convert_float(
-    model: nn.Module, scheme: Scheme, selection: Selection, progress: Callable[[], None] | None = None
+    model: nn.Module,
+    scheme: Scheme,
+    selection: Selection,
+    progress: Callable[[], None] | None = None,
+    *,
+    ranges: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    integers: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    search: bool = False,
 ) -> None:
-    """Swap the selected float modules for int8 ones, in place, one at a time.
+    """Swap the selected float modules for quantized ones, in place, one at a time.
+
+    Args:
+        model (`torch.nn.Module`): changed in place.
+        scheme ([`Scheme`]): of the Linear layers that the selection gives no scheme of their own.
+        selection ([`Selection`]): which modules; see [`select_modules`].
+        progress (callable, *optional*): called once for each module.
+        ranges (`dict`, *optional*): of the inputs by module name, for static schemes; see [`calibrate`].
+        integers (`dict`, *optional*): weights that are integers already, by module name; see [`gptq`].
+        search (`bool`, *optional*, defaults to `False`): see [`quantize_weight`].
 
     Raises:
         `ValueError`: if a weight holds NaN or infinity; the model is then unchanged.
@@ -74,12 +117,18 @@ def convert_float(
     shared: dict[int, Tensor] = {}
     for name in selection.quantized:
         module = model.get_submodule(name)
-        new = convert_module(module, scheme)
-        # Modules that share a float weight share the int8 one.
-        new.int8_weight = shared.setdefault(id(module.weight), new.int8_weight)
+        given = (integers or {}).get(name)
+        new = convert_module(module, selection.scheme_of(name, scheme), (ranges or {}).get(name), given, search)
+        _share(shared, module, new)
         replace_module(model, name, new)
         if progress is not None:
             progress()
+
+
+def _share(shared: dict[int, Tensor], module: nn.Module, new: QuantizedModule) -> None:
+    """Modules that share a float weight share the int8 one; `select_modules` packs no such weight."""
+    if isinstance(new, (Int8Linear, Int8Embedding)):
+        new.int8_weight = shared.setdefault(id(module.weight), new.int8_weight)
 
 
 @torch.no_grad()
@@ -119,8 +168,8 @@ def convert_qat(
             replacements[name] = float_module(module)
             result.left[name] = "its inputs were never observed"
         else:
-            new = convert_module(module, scheme)
-            new.int8_weight = shared.setdefault(id(module.weight), new.int8_weight)
+            new = convert_module(module, module.scheme)
+            _share(shared, module, new)
             replacements[name] = new
             result.quantized[name] = selection.quantized[name]
             result.error_sqnr[name] = _weight_sqnr(module, new)
@@ -274,8 +323,6 @@ def _first_output(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     return (with_axes or tensors)[0].float()
 
 
-def _weight_sqnr(module: nn.Module, new: Int8Linear | Int8Embedding) -> float:
+def _weight_sqnr(module: nn.Module, new: QuantizedModule) -> float:
     weight: Tensor = module.weight.detach()  # type: ignore[operator]
-    if isinstance(new, Int8Linear) and new.transposed:
-        weight = weight.t()
-    return weight_sqnr(weight, new.int8_weight, new.weight_scale)
+    return weight_sqnr(weight.t() if new.transposed else weight, new.integers, new.weight_scale)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..qparams import INT8_MAX, INT8_MIN, quanta, symmetric_scale
+from ..qparams import INT8_MAX, INT8_MIN, integer_range, quanta, symmetric_scale
+from ..schemes import Scheme
 
 # A value is clipped when its rounded quantum leaves [-128, 127]. Rounding is half to even, so -128.5 still
 # rounds to -128 while 127.5 rounds to 128; the gradient kernel below cuts at both its bounds inclusively.
@@ -36,7 +37,7 @@ def fake_quantize(values: Tensor, scale: Tensor, zero_point: Tensor | None = Non
     return _ClippingFakeQuantize.apply(values, scale, zero_point)
 
 
-def fake_quantize_symmetric(values: Tensor, dims: Sequence[int]) -> Tensor:
+def fake_quantize_symmetric(values: Tensor, dims: Sequence[int], bits: int = 8) -> Tensor:
     """Quantize and dequantize with scales taken from the values themselves; the gradient passes everywhere.
 
     Nothing lies outside a range that is read off the values, so there is nothing to clip. (The one largest
@@ -46,11 +47,20 @@ def fake_quantize_symmetric(values: Tensor, dims: Sequence[int]) -> Tensor:
     Args:
         values (`torch.Tensor`): float values, any shape.
         dims (sequence of `int`): dimensions that share a scale; see [`symmetric_scale`].
+        bits (`int`, *optional*, defaults to 8): of the integers, 2 to 8.
 
     Returns:
         `torch.Tensor`: of `values`' shape and dtype.
     """
-    return _PassingFakeQuantize.apply(values, tuple(dims))
+    return _PassingFakeQuantize.apply(values, tuple(dims), bits)
+
+
+def fake_quantize_weight(weight: Tensor, scheme: Scheme) -> Tensor:
+    """A weight (out, in) as the scheme's integers would have it; the gradient passes everywhere."""
+    if scheme.group_size is None:
+        return fake_quantize_symmetric(weight, (-1,), scheme.bits)
+    groups = weight.reshape(weight.shape[0], -1, scheme.group_size)
+    return fake_quantize_symmetric(groups, (-1,), scheme.bits).reshape(weight.shape)
 
 
 def stop_clipped(grad: Tensor, unrounded: Tensor) -> Tensor:
@@ -76,10 +86,10 @@ class _ClippingFakeQuantize(torch.autograd.Function):
 
 class _PassingFakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, dims: tuple[int, ...]) -> Tensor:
-        scale = symmetric_scale(values, dims)
-        return quanta(values, scale).clamp_(INT8_MIN, INT8_MAX).round_().mul_(scale).to(values.dtype)
+    def forward(ctx: Any, values: Tensor, dims: tuple[int, ...], bits: int) -> Tensor:
+        scale = symmetric_scale(values, dims, bits)
+        return quanta(values, scale).clamp_(*integer_range(bits)).round_().mul_(scale).to(values.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0], None, None

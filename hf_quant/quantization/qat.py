@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from ..qparams import token_dims
 from ..schemes import Scheme
 from ..targets import Selection, replace_module, require_finite
-from .fake_quantize import fake_quantize, fake_quantize_symmetric
+from .fake_quantize import fake_quantize, fake_quantize_symmetric, fake_quantize_weight
 from .int8_training import QuantizedInput, int8_linear, quantize_input, runs_in_int8, version_of
 from .masks import batch_masks, mask_for
 from .observers import MovingAverageMinMax, batch_range
@@ -128,7 +128,7 @@ def _linear(module: QATLinear | QATConv1D, values: Tensor, weight: Tensor) -> Te
     if not module.state.fake_quantizing or values.numel() == 0:
         return F.linear(values, weight, module.bias)
     unquantized = module.scheme.activations is None or (fake_quant is not None and fake_quant.skip)
-    if not unquantized and runs_in_int8(values):
+    if not unquantized and not module.scheme.packed and runs_in_int8(values):
         qparams = None if fake_quant is None else fake_quant.observer.qparams()
         module.state.last_input = quantize_input(values, qparams, module.state.last_input)
         return int8_linear(values, weight, module.bias, module.state.last_input)
@@ -136,7 +136,7 @@ def _linear(module: QATLinear | QATConv1D, values: Tensor, weight: Tensor) -> Te
         values = fake_quant(values)
     elif module.scheme.activations == "dynamic":
         values = fake_quantize_symmetric(values.float(), token_dims(values)).to(values.dtype)
-    return F.linear(values, fake_quantize_symmetric(weight, (-1,)), module.bias)
+    return F.linear(values, fake_quantize_weight(weight, module.scheme), module.bias)
 
 
 class QATEmbedding(nn.Embedding):
@@ -176,7 +176,8 @@ def prepare(model: nn.Module, scheme: Scheme, selection: Selection) -> QATState:
         require_finite(name, model.get_submodule(name))
     state = QATState()
     for name in selection.quantized:
-        replace_module(model, name, _qat_module(model.get_submodule(name), scheme, state))
+        own = selection.scheme_of(name, scheme)
+        replace_module(model, name, _qat_module(model.get_submodule(name), own, state))
     watcher = _InputWatcher(state, list(inspect.signature(model.forward).parameters))
     state.handle = model.register_forward_pre_hook(watcher, with_kwargs=True)
     return state

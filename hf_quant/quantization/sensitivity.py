@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..qparams import dequantize, row_chunks
+from ..qparams import dequantize_weight, row_chunks
 
 
 def sqnr(reference: Tensor, quantized: Tensor) -> float:
@@ -27,14 +27,14 @@ def sqnr(reference: Tensor, quantized: Tensor) -> float:
 
 
 def weight_sqnr(weight: Tensor, quantized: Tensor, scale: Tensor) -> float:
-    """SQNR of an int8 weight, found a few rows at a time.
+    """SQNR of a quantized weight, found a few rows at a time.
 
     Args:
         weight (`torch.Tensor`): (rows, columns), float.
         quantized (`torch.Tensor`): int8, the same shape.
-        scale (`torch.Tensor`): (rows, 1).
+        scale (`torch.Tensor`): (rows, groups).
     """
-    powers = [_powers(weight[rows], dequantize(quantized[rows], scale[rows])) for rows in row_chunks(weight)]
+    powers = [_powers(weight[rows], dequantize_weight(quantized[rows], scale[rows])) for rows in row_chunks(weight)]
     return decibels(sum(signal for _, signal in powers), sum(noise for noise, _ in powers))
 
 

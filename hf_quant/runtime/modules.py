@@ -6,26 +6,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..qparams import calculate_qparams, dequantize, quantize, quantize_weight, symmetric_scale, token_dims
 from ..schemes import Scheme
 from . import kernels
+from .base import QuantizedModule, quantized_modules, refuse_float_weights, refuse_training  # noqa: F401
 
 
-class _Int8Weight(nn.Module):
-    """A module with an int8 buffer `weight`, which the outside sees dequantized.
+class _Int8Weight(QuantizedModule):
+    """A module with an int8 buffer `weight`, which the outside sees dequantized."""
 
-    Some models read a layer's weight without calling the layer (DeBERTa's relative embeddings, DETR's queries,
-    Mamba's `dt_proj`), or cast to its dtype. They get what a plain reload has there: the dequantized weight.
-    """
-
-    weight_scale: Tensor
-    transposed = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_load_state_dict_pre_hook(refuse_float_weights)
+    shape: torch.Size
 
     @property
     def int8_weight(self) -> Tensor:
@@ -40,6 +32,16 @@ class _Int8Weight(nn.Module):
         self._buffers["weight"] = value
 
     @property
+    def integers(self) -> Tensor:
+        """The stored weight."""
+        return self.int8_weight
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits of one stored weight."""
+        return 8
+
+    @property
     def weight(self) -> Tensor:
         """The weight dequantized, in the shape of the float module's; made anew at each read."""
         stored = self.int8_weight
@@ -47,6 +49,10 @@ class _Int8Weight(nn.Module):
             return stored
         values = dequantize(stored, self.weight_scale)
         return values.t() if self.transposed else values
+
+    def stored_shapes(self) -> list[tuple[str, torch.Size, torch.Size]]:
+        """Name, present shape and right shape of what holds the weight."""
+        return [("weight", self.int8_weight.shape, self.shape)]
 
 
 class Int8Linear(_Int8Weight):
@@ -104,6 +110,7 @@ class Int8Linear(_Int8Weight):
         scheme: Scheme,
         input_range: tuple[Tensor, Tensor] | None = None,
         transposed: bool = False,
+        search: bool = False,
     ) -> Int8Linear:
         """Quantize a float weight.
 
@@ -113,18 +120,34 @@ class Int8Linear(_Int8Weight):
             scheme ([`Scheme`]): what happens to activations.
             input_range (`tuple`, *optional*): smallest and largest activation, shape (); for static schemes.
             transposed (`bool`, *optional*, defaults to `False`): as for the class.
+            search (`bool`, *optional*, defaults to `False`): see [`quantize_weight`].
         """
-        if transposed:
-            weight = weight.t()
-        out_features, in_features = weight.shape
-        module = cls(in_features, out_features, scheme, False, transposed, weight.dtype, "meta")
-        module.int8_weight, module.weight_scale = quantize_weight(weight.detach())
+        rows = weight.detach().t() if transposed else weight.detach()
+        integers, weight_scale = quantize_weight(rows, search=search)
+        return cls.from_integers(integers, weight_scale, bias, scheme, input_range, transposed)
+
+    @classmethod
+    @torch.no_grad()
+    def from_integers(
+        cls,
+        integers: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        scheme: Scheme,
+        input_range: tuple[Tensor, Tensor] | None = None,
+        transposed: bool = False,
+    ) -> Int8Linear:
+        """Take a weight that is quantized already: int8 (out, in) and scales (out, 1); the rest as in `from_float`."""
+        out_features, in_features = integers.shape
+        dtype = weight_scale.dtype
+        module = cls(in_features, out_features, scheme, False, transposed, dtype, "meta")
+        module.int8_weight, module.weight_scale = integers, weight_scale
         module.bias = None if bias is None else bias.detach().clone()
         if scheme.activations == "static":
             if input_range is None:
                 raise ValueError(f"scheme {scheme.name!r} needs the range of the inputs: pass `input_range`")
             scale, zero_point = calculate_qparams(*input_range, symmetric=False)
-            module.input_scale = scale.reshape(1).to(weight.dtype)
+            module.input_scale = scale.reshape(1).to(dtype)
             module.input_zero_point = zero_point.reshape(1)
         return module
 
@@ -134,11 +157,7 @@ class Int8Linear(_Int8Weight):
         Raises:
             `RuntimeError`: when trained.
         """
-        if self.training and input.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(
-                "int8 modules cannot be trained: their weights have no gradient. Train the float checkpoint "
-                "(a checkpoint-* folder of the Trainer, or the model before conversion) and quantize again."
-            )
+        refuse_training(self, input, torch.is_grad_enabled())
         if input.numel() == 0:
             return input.new_zeros(*input.shape[:-1], self.out_features)
         with torch.no_grad():
@@ -270,29 +289,8 @@ class Int8Embedding(_Int8Weight):
         return f"{self.num_embeddings}, {self.embedding_dim}"
 
 
-INT8_MODULES = (Int8Linear, Int8Embedding)
-
-
-def int8_modules(model: nn.Module) -> dict[str, Int8Linear | Int8Embedding]:
-    """The int8 modules of a model by qualified name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, INT8_MODULES)}
-
-
-def refuse_float_weights(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Load-state-dict hook: float weights would be cast to int8 without a word.
-
-    Raises:
-        `RuntimeError`: if `state_dict` holds a float weight for an int8 module; nothing is loaded then.
-    """
-    for name, module in int8_modules(model).items():
-        key = ".".join(part for part in (prefix.rstrip("."), name, "weight") if part)
-        value = state_dict.get(key)
-        if isinstance(value, Tensor) and value.is_floating_point():
-            raise RuntimeError(
-                f"{key} is {value.dtype} in what is loaded, but this {type(module).__name__} is int8 and would be "
-                "destroyed by it. To train on, make a new Trainer from the float checkpoint; to use it, call "
-                "from_pretrained."
-            )
+INT8_MODULES = (QuantizedModule,)
+int8_modules = quantized_modules
 
 
 class _Packed:

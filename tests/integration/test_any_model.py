@@ -1,0 +1,195 @@
+"""Every species of the zoo: quantized, run, saved, reloaded here and in plain transformers, and nothing forgotten."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from hf_quant import load_quantized, quantize_dynamic, save_quantized
+from hf_quant.quantization.sensitivity import sqnr
+from hf_quant.runtime.kernels import use_kernel
+from hf_quant.targets import Selection, select_modules
+from tests.zoo import GENERATION, SPECIES, batch_for, build, find_class, heads, outputs
+
+SCHEMES = ("int8_dynamic", "int8_weight_only")
+MIN_SQNR = {"int8_dynamic": 15.0, "int8_weight_only": 20.0}
+
+# The layout has no int8 Conv1D that other readers know; they must refuse it in words.
+NOT_PLAIN = dict.fromkeys(("gpt2",), "use hf_quant.load_quantized")
+
+MAIN = [(species, kind.head) for species, kind in SPECIES.items()]
+OTHERS = sorted({(species, head) for species in SPECIES for _, head in heads(species)} - set(MAIN))
+CASES = [pytest.param(scheme, *case, id=f"{scheme}-{case[0]}-{case[1]}") for scheme in SCHEMES for case in MAIN]
+CASES += [
+    pytest.param(SCHEMES[0], *case, id=f"{SCHEMES[0]}-{case[0]}-{case[1]}", marks=pytest.mark.slow) for case in OTHERS
+]
+
+PLAIN = textwrap.dedent(
+    """
+    import json, os, sys
+    sys.modules["hf_quant"] = None  # so that importing it fails
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    from pathlib import Path
+    import torch
+    torch.set_num_threads(1)
+    from safetensors.torch import save_file
+    from tests.zoo import GENERATION, batch_for, find_class, outputs
+
+    root = Path(sys.argv[1])
+    found = {}
+    for name, (folder, species, auto) in json.loads((root / "cases.json").read_text()).items():
+        try:
+            model, info = find_class(auto).from_pretrained(root / folder, output_loading_info=True)
+            batch = batch_for(species, model.eval())
+            tensors = {"output": outputs(model, batch)}
+            if model.can_generate():
+                tensors["tokens"] = {"tokens": model.generate(**batch, **GENERATION)}
+        except Exception as error:
+            found[name] = {"error": f"{type(error).__name__}: {error}"}
+            continue
+        found[name] = {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys")}
+        found[name]["class"] = type(model).__name__
+        for kind, values in tensors.items():
+            save_file(values, root / folder / f"plain-{kind}")
+    (root / "found.json").write_text(json.dumps(found))
+    """
+)
+
+
+@dataclass
+class Served:
+    """What became of one model."""
+
+    folder: Path
+    before: dict[str, Tensor]
+    error: Exception | None = None
+    after: dict[str, Tensor] = field(default_factory=dict)
+    reference: dict[str, Tensor] = field(default_factory=dict)
+    tokens: Tensor | None = None
+    plain: dict[str, Any] = field(default_factory=dict)
+
+
+def _serve(folder: Path, scheme: str, species: str, head: str) -> Served:
+    model = build(species, head)
+    batch = batch_for(species, model)
+    served = Served(folder, outputs(model, batch))
+    try:
+        int8 = quantize_dynamic(model, scheme, progress=False)
+        served.after = outputs(int8, batch)
+        save_quantized(int8, folder)
+        with use_kernel("reference"):
+            served.reference = outputs(int8, batch)
+            if int8.can_generate():
+                served.tokens = int8.generate(**batch, **GENERATION)
+    except Exception as error:  # of one model: the others are served all the same
+        served.error = error
+    return served
+
+
+@pytest.fixture(scope="module")
+def zoo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Any, Served]]:
+    """Every model that the selected tests ask for, and one process that reloads all of them plain."""
+    root = tmp_path_factory.mktemp("zoo")
+    torch.set_num_threads(1)
+    calls = [
+        item.callspec.params for item in request.session.items if item.path == request.path and "callspec" in dir(item)
+    ]
+    cases = {(call["scheme"], call["species"], call["head"]): None for call in calls if "scheme" in call}
+    autos = {(species, head): auto for species in SPECIES for auto, head in heads(species)}
+    found = {case: _serve(root / str(index), *case) for index, case in enumerate(cases)}
+    wanted = {
+        "/".join(case): (served.folder.name, case[1], autos.get(case[1:], case[2]))
+        for case, served in found.items()
+        if served.error is None
+    }
+    (root / "cases.json").write_text(json.dumps(wanted))
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN, str(root)],
+        capture_output=True, text=True, timeout=280, check=False, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for name, plain in json.loads((root / "found.json").read_text()).items():
+        found[tuple(name.split("/"))].plain = plain
+    yield found
+
+
+def _served(zoo: dict[Any, Served], *case: str) -> Served:
+    served = zoo[case]
+    if served.error is not None:
+        raise served.error
+    return served
+
+
+def _first(values: dict[str, Tensor]) -> Tensor:
+    """The first output that is no single number, such as a loss."""
+    return next(value for value in values.values() if value.ndim)
+
+
+def _same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert list(got) == list(expected)
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), (name, sqnr(value, got[name]))
+
+
+@pytest.mark.parametrize(("scheme", "species", "head"), CASES)
+def test_outputs_stay_close(zoo: dict[Any, Served], scheme: str, species: str, head: str) -> None:
+    served = _served(zoo, scheme, species, head)
+    assert MIN_SQNR[scheme] < sqnr(_first(served.before), _first(served.after)) < math.inf
+
+
+@pytest.mark.parametrize(("scheme", "species", "head"), CASES)
+def test_loaded_again_it_is_the_same(zoo: dict[Any, Served], scheme: str, species: str, head: str) -> None:
+    served = _served(zoo, scheme, species, head)
+    cls = find_class(head)
+    own = cls.__module__ == "tests.zoo"
+    loaded = load_quantized(served.folder, auto_class=cls if own else None)
+    assert type(loaded) is cls
+    _same(outputs(loaded, batch_for(species, loaded)), served.after)
+
+
+@pytest.mark.parametrize(("scheme", "species", "head"), CASES)
+def test_plain_transformers_reads_it(zoo: dict[Any, Served], scheme: str, species: str, head: str) -> None:
+    served = _served(zoo, scheme, species, head)
+    if species in NOT_PLAIN:
+        assert NOT_PLAIN[species] in served.plain["error"]
+        return
+    assert served.plain == {"missing_keys": [], "unexpected_keys": [], "class": head}
+    _same(load_file(served.folder / "plain-output"), dict(sorted(served.reference.items())))
+    if served.tokens is not None:
+        assert torch.equal(load_file(served.folder / "plain-tokens")["tokens"], served.tokens)
+
+
+@pytest.mark.parametrize(
+    ("species", "head"), [*MAIN, *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS)]
+)
+def test_no_weight_is_forgotten(species: str, head: str) -> None:
+    model = build(species, head)
+    forgotten = _forgotten(model, select_modules(model))
+    assert not forgotten
+
+
+def _forgotten(model: nn.Module, selection: Selection) -> dict[str, str]:
+    """Parameters of at least two axes that are neither quantized nor named as left: class of their module by name."""
+    known = {*selection.quantized, *selection.left}
+    found = {}
+    for owner, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is None or sum(size > 1 for size in parameter.shape) < 2:
+                continue
+            name = f"{owner}.{key}"
+            parts = name.split(".")
+            if not any(".".join(parts[:count]) in known for count in range(1, len(parts) + 1)):
+                found[name] = f"{type(module).__name__} {tuple(parameter.shape)}"
+    return found
