@@ -13,21 +13,28 @@ if TYPE_CHECKING:
     from .callbacks.qat import QATCallback
     from .checkpoint import load_quantized, save_quantized
     from .evaluation.compare import compare
-    from .quantization.post_training import quantize_dynamic
+    from .quantization.calibration import Calibration
+    from .quantization.post_training import quantize, quantize_dynamic, quantize_static
     from .recipe.schema import Recipe
 
 _HOME_OF = {
     "QATCallback": ".callbacks.qat",
+    "Calibration": ".quantization.calibration",
     "Recipe": ".recipe.schema",
     "compare": ".evaluation.compare",
     "load_quantized": ".checkpoint",
+    "quantize": ".quantization.post_training",
     "quantize_dynamic": ".quantization.post_training",
+    "quantize_static": ".quantization.post_training",
     "save_quantized": ".checkpoint",
 }
 
 __all__ = [  # noqa: RUF022 - in the order in which a user meets them
     "QATCallback",
     "quantize_dynamic",
+    "quantize_static",
+    "quantize",
+    "Calibration",
     "save_quantized",
     "load_quantized",
     "compare",

@@ -104,7 +104,8 @@ def quantize(
 ) -> None:
     """Quantize a trained model without training it, and save it; with --task, compare it with the float model."""
     from .checkpoint import require_free_folder, save_quantized
-    from .quantization.post_training import load_float, quantize_dynamic
+    from .quantization.float_models import load_float
+    from .quantization.post_training import quantize_dynamic
     from .schemes import get_scheme
     from .tables import selection_table
     from .targets import select_modules
@@ -232,7 +233,7 @@ def _processing_class(model: str) -> Any:
     """The tokenizer or processor that lies with a model, to be saved along; `None` where there is none."""
     from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor
 
-    from .evaluation.predict import find_tokenizer
+    from .texts import find_tokenizer
 
     # Only where such a file lies there: without one, AutoProcessor makes up a tokenizer that knows no word.
     if any((Path(model) / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):

@@ -22,14 +22,12 @@ MIXED_FORMAT = "mixed-precision"
 # No reader but ours has an int8 Conv1D: compressed-tensors would skip it and cast the int8 weights to float,
 # which is noise. Its check of this field stops it first, and the message shows the value.
 CONV1D_FORMAT = "int8 Conv1D: use hf_quant.load_quantized"
+PACKED_CONV1D_FORMAT = "packed Conv1D: use hf_quant.load_quantized"
 
 _ESSENCE = ("num_bits", "type", "symmetric", "strategy", "group_size", "dynamic")
 _DYNAMIC = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 _STATIC = {"num_bits": 8, "type": "int", "symmetric": False, "strategy": "tensor", "dynamic": False}
 _ACTIVATIONS: dict[str | None, dict[str, Any] | None] = {"dynamic": _DYNAMIC, "static": _STATIC, None: None}
-
-_Linear = Int8Linear | PackedLinear
-
 
 @dataclass(frozen=True)
 class Stored:
@@ -60,19 +58,20 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
         by_form: dict[tuple[Scheme, str], list[str]] = {}
         for name, module in modules.items():
             if isinstance(module, (Int8Linear, PackedLinear)) and module.transposed is transposed:
-                packed = PACKED_FORMAT if isinstance(module, PackedLinear) else FORMAT
-                by_form.setdefault((module.scheme, packed), []).append(name)
+                formats = (PACKED_FORMAT, PACKED_CONV1D_FORMAT)
+                if isinstance(module, Int8Linear):
+                    formats = (FORMAT, CONV1D_FORMAT)
+                by_form.setdefault((module.scheme, formats[transposed]), []).append(name)
         # The most frequent first: it is the class's own, and the rest are exceptions.
         for (scheme, format), names in sorted(by_form.items(), key=lambda item: -len(item[1])):
             first = key not in groups
             targets = [target] if first else [_pattern(model, name) for name in names]
-            format = CONV1D_FORMAT if transposed else format
             # A reader that meets the class before the names would warn of each name; config.json is sorted by key.
             groups[key if first else f"layers_{key}_{scheme.name}_{format}"] = _group(targets, scheme, format)
     if any(isinstance(module, Int8Embedding) for module in modules.values()):
         groups["embedding"] = _group(["Embedding"], make_scheme(8, None), FORMAT)
-    formats = {group["format"] for group in groups.values()} - {CONV1D_FORMAT} or {FORMAT}
-    left = [name for name, module in model.named_modules() if _is_float_target(module, groups)]
+    formats = {group["format"] for group in groups.values()} - {CONV1D_FORMAT, PACKED_CONV1D_FORMAT} or {FORMAT}
+    left = [_pattern(model, name) for name, module in model.named_modules() if _is_float_target(module, groups)]
     return {
         "quant_method": QUANT_METHOD,
         "format": formats.pop() if len(formats) == 1 else MIXED_FORMAT,
@@ -135,7 +134,7 @@ def _pattern(model: nn.Module, name: str) -> str:
     prefix = getattr(model, "base_model_prefix", "") + "."
     if len(prefix) > 1 and name.startswith(prefix):
         return f"re:^({re.escape(prefix)})?{re.escape(name[len(prefix) :])}$"
-    return f"re:^{re.escape(name)}$"
+    return name
 
 
 def _is_float_target(module: nn.Module, groups: Mapping[str, Any]) -> bool:
@@ -148,7 +147,7 @@ def _is_float_target(module: nn.Module, groups: Mapping[str, Any]) -> bool:
 
 def _stored(name: str, group: Mapping[str, Any], default_format: str | None, embedding: bool) -> Stored:
     weights, inputs = _essence(group.get("weights")), _essence(group.get("input_activations"))
-    packed = (group.get("format") or default_format) == PACKED_FORMAT
+    packed = (group.get("format") or default_format) in (PACKED_FORMAT, PACKED_CONV1D_FORMAT)
     if group.get("output_activations"):
         raise ValueError(f"{name} has quantized outputs, which hf_quant does not run")
     bits, size = (weights or {}).get("num_bits"), (weights or {}).get("group_size")

@@ -10,7 +10,7 @@ from .errors import did_you_mean
 
 GROUP_SIZES = (32, 64, 128)
 _DEFAULT_GROUP = 32
-_NAME = re.compile(r"int([2-8])_(static|dynamic|weight_only)(?:_g(\d+))?")
+_NAME = re.compile(r"int([2-8])_(static|dynamic|weight_only)(?:_(channel)|_g(\d+))?")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,9 @@ def make_scheme(bits: int, activations: Literal["static", "dynamic"] | None, gro
     """The scheme of those properties, with the name that stands for them; see [`Scheme`]."""
     kind = activations or "weight_only"
     default = _DEFAULT_GROUP if bits < 8 else None
-    name = f"int{bits}_{kind}" + (f"_g{group_size}" if group_size != default else "")
+    name = f"int{bits}_{kind}"
+    if group_size != default:
+        name += "_channel" if group_size is None else f"_g{group_size}"
     scales = "per channel" if group_size is None else f"per group of {group_size}"
     inputs = {
         "static": "int8 activations per tensor (asymmetric), ranges observed beforehand",
@@ -76,8 +78,8 @@ def get_scheme(name: str | Scheme) -> Scheme:
     Args:
         name (`str` or [`Scheme`]): `"int8_dynamic"`, `"int8_static"`, `"int8_weight_only"`, `"int4_weight_only"`,
             `"int4_dynamic"`, or another one made up of bits, kind and group size: `"int6_weight_only"`,
-            `"int4_weight_only_g128"`, `"int3_dynamic_g64"`. Weights of fewer than 8 bits have one scale per group
-            of 32 input features unless a group size is given.
+            `"int4_weight_only_g128"`, `"int3_dynamic_g64"`, `"int4_weight_only_channel"`. Weights of fewer than 8
+            bits have one scale per group of 32 input features unless the name says otherwise.
 
     Raises:
         `ValueError`: if there is no such scheme.
@@ -92,18 +94,18 @@ def get_scheme(name: str | Scheme) -> Scheme:
             f"unknown scheme {name!r}{did_you_mean(name, SCHEMES) or '.'} Choose one of: {', '.join(SCHEMES)}; or "
             "another number of bits (2 to 8) and group size, such as int6_weight_only or int4_weight_only_g128."
         )
-    bits, kind, group = int(found[1]), found[2], None if found[3] is None else int(found[3])
+    bits, kind, group = int(found[1]), found[2], None if found[4] is None else int(found[4])
     if group is not None and group not in GROUP_SIZES:
         raise ValueError(
             f"scheme {name!r} has groups of {group}; allowed: {', '.join(map(str, GROUP_SIZES))}. Write, for example, "
-            f"int{bits}_{kind}_g{min(GROUP_SIZES, key=lambda size: abs(size - int(found[3])))}."
+            f"int{bits}_{kind}_g{min(GROUP_SIZES, key=lambda size: abs(size - int(found[4])))}."
         )
     if kind == "static" and (bits < 8 or group is not None):
         raise ValueError(
             f"scheme {name!r}: static activations go with int8 weights per channel. Use int8_static, or "
             f"int{bits}_dynamic for weights of {bits} bits."
         )
-    if group is None and bits < 8:
+    if group is None and bits < 8 and not found[3]:
         group = _DEFAULT_GROUP
     activations: Literal["static", "dynamic"] | None = None if kind == "weight_only" else kind  # type: ignore[assignment]
     made = make_scheme(bits, activations, group)

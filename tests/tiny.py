@@ -35,6 +35,8 @@ from hf_quant.targets import select_modules
 
 VOCAB = 96
 
+INT8_SCHEMES = tuple(sorted(name for name, scheme in SCHEMES.items() if not scheme.packed))
+
 
 def tiny_bert(seed: int = 0, **config: Any) -> BertForSequenceClassification:
     """Two layers, width 32: 14 Linear layers, 3 embeddings and a classifier."""
@@ -204,7 +206,7 @@ def int8_model(model: PreTrainedModel, scheme: str) -> Any:
     """The model in int8, whatever the scheme; static ranges are observed on fixed rows, without training."""
     if SCHEMES[scheme].activations != "static":
         return quantize_dynamic(model, scheme, progress=False)
-    selection = select_modules(model)
+    selection = select_modules(model, scheme=SCHEMES[scheme])
     state = prepare(model, SCHEMES[scheme], selection)
     state.observing = state.fake_quantizing = True
     with torch.no_grad():

@@ -17,7 +17,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 VOCAB = 96
 LENGTH = 8
-GENERATION: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
 
 # Widths are multiples of 32, so that int4 groups of 32 fit; the smallest that the architectures allow.
 _TOKENS = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -121,6 +120,8 @@ SPECIES: dict[str, Species] = {
         "ModernBertConfig", {**_ENCODER, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 4}, _text,
         "ModernBertForSequenceClassification",
     ),
+    "nomic-bert": Species("NomicBertConfig", _ENCODER, _text, "NomicBertForSequenceClassification"),
+    "gte": Species("GteConfig", _ENCODER, _text, "GteForSequenceClassification"),
     "xlnet": Species(
         "XLNetConfig", {**_TOKENS, "d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 64}, _text,
         "XLNetForSequenceClassification",
@@ -184,6 +185,7 @@ SPECIES: dict[str, Species] = {
     # Vision.
     "vit": Species("ViTConfig", {**_VISION, "encoder_stride": 4}, _pixels, "ViTForImageClassification"),
     "dinov2": Species("Dinov2Config", _VISION, _pixels, "Dinov2ForImageClassification"),
+    "dinov2-giant": Species("Dinov2Config", {**_VISION, "use_swiglu_ffn": True}, _pixels, "Dinov2Model"),
     "swin": Species(
         "SwinConfig", {"image_size": 16, "patch_size": 2, "embed_dim": 32, "depths": [1, 1], "num_heads": [2, 2],
         "window_size": 4, "encoder_stride": 4}, _pixels, "SwinForImageClassification",
@@ -264,6 +266,7 @@ class Wanderer(PreTrainedModel):
         return {"logits": hidden}
 
 
+SPECIES = {name: kind for name, kind in SPECIES.items() if hasattr(transformers, kind.config)}  # older transformers
 SPECIES["wanderer"] = Species("WandererConfig", {}, _text, "Wanderer")
 
 
@@ -284,6 +287,8 @@ def enliven(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue  # fixed sinusoids, which a reload computes anew
             if parameter.ndim > 1:
                 parameter.normal_(0, max(parameter.shape[1:]) ** -0.5, generator=generator)
             elif name.endswith("bias"):
@@ -330,5 +335,14 @@ def outputs(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
             for index, item in enumerate(value):
                 collect(f"{name}.{index}", item)
 
-    collect("", model(**batch))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # some draw random numbers in eval mode too
+        collect("", model(**batch))
     return found
+
+
+def generate(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """Five greedy tokens."""
+    if type(model).__name__ == "BlipForQuestionAnswering":
+        batch = {name: value for name, value in batch.items() if name != "decoder_input_ids"}
+    return model.generate(**batch, max_new_tokens=5, do_sample=False)  # type: ignore[no-any-return]

@@ -14,7 +14,7 @@ from ..checkpoint import attach_quantizer
 from ..progress import progress_bar
 from ..quantization.convert import Conversion, convert_qat
 from ..quantization.fake_quantize import fake_quantize_symmetric, fake_quantize_weight
-from ..quantization.post_training import require_unquantized
+from ..quantization.float_models import require_unquantized
 from ..quantization.qat import ActivationFakeQuantize, QATConv1D, QATEmbedding, QATState, prepare, qat_modules
 from ..runtime.modules import int8_modules
 from ..schemes import Scheme, get_scheme

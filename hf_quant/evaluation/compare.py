@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from ..progress import progress_bar
 from ..quantization.sensitivity import layer_sqnr
 from ..runtime.modules import int8_modules
+from ..texts import find_tokenizer, length_limit
 from .labels import check_models_agree, read_labels
 from .latency import MAX_CALLS, measure_latency, random_batch
 from .metrics import compute_metrics, predictions_from_logits
@@ -23,9 +24,7 @@ from .predict import (
     batches,
     encode_texts,
     evaluating,
-    find_tokenizer,
     forward_arguments,
-    length_limit,
     load_model,
     predict,
 )

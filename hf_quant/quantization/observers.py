@@ -1,4 +1,4 @@
-"""The observer that keeps a running range."""
+"""The observers that keep a range."""
 
 from __future__ import annotations
 
@@ -23,6 +23,23 @@ def batch_range(values: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Ten
         # By row first: the mask is then applied to few numbers. A range holds 0, so 0 is neutral for both ends.
         low, high = torch.where(mask, values.amin(-1), 0.0).min(), torch.where(mask, values.amax(-1), 0.0).max()
     return low.float().clamp(max=0.0), high.float().clamp(min=0.0)
+
+
+class MinMax:
+    """The smallest and the largest value ever seen: nothing is clipped, and one outlier sets the range."""
+
+    def __init__(self) -> None:
+        self.low = torch.tensor(0.0)
+        self.high = torch.tensor(0.0)
+
+    def observe(self, values: Tensor) -> None:
+        """Take a batch into account, any shape."""
+        low, high = batch_range(values)
+        self.low, self.high = torch.minimum(self.low, low.cpu()), torch.maximum(self.high, high.cpu())
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        """Smallest and largest value; float32, shape ()."""
+        return self.low, self.high
 
 
 class MovingAverageMinMax(nn.Module):
@@ -76,6 +93,10 @@ class MovingAverageMinMax(nn.Module):
         weight = torch.clamp(1.0 / self.num_batches, min=self.averaging_constant)
         self.min_val.lerp_(low, weight)
         self.max_val.lerp_(high, weight)
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        """Smallest and largest value; float32, shape ()."""
+        return self.min_val, self.max_val
 
     def qparams(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point (int8) of the present range, each of shape `()`."""

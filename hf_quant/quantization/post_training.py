@@ -2,143 +2,294 @@
 
 from __future__ import annotations
 
-import copy
+import logging
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
 
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ..checkpoint import architecture, attach_quantizer, require_sound_folder
+from ..checkpoint import attach_quantizer
+from ..errors import did_you_mean
 from ..progress import progress_bar
-from ..runtime.modules import INT8_MODULES, int8_modules
+from ..runtime.packed import require_dense_packing
 from ..schemes import SCHEMES, Scheme, get_scheme
-from ..targets import select_modules
+from ..targets import Selection, select_modules
+from .calibration import Batch, Calibration, calibration_batches
 from .convert import convert_float
-from .qat import qat_modules
+from .float_models import (
+    load_float,
+    own_tensors,
+    require_device,
+    require_merged_adapters,
+    require_unquantized,
+    shallow_copy,
+)
+from .ranges import calibrate, require_observer
+
+logger = logging.getLogger(__name__)
+
+ROUNDINGS = ("nearest", "mse", "gptq")
+EQUALIZATIONS = ("smoothquant", "awq")
 
 
-def quantize_dynamic(
+def quantize(
     model: PreTrainedModel | nn.Module | str | os.PathLike[str],
     scheme: str | Scheme = "int8_dynamic",
+    calibration: Any = None,
     *,
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] | None = None,
     embeddings: bool = True,
+    overrides: Mapping[str, str | Scheme | None] | None = None,
+    rounding: Literal["nearest", "mse", "gptq"] = "nearest",
+    equalize: Literal["smoothquant", "awq"] | None = None,
+    correct_bias: bool = False,
+    observer: str = "mse",
+    max_drop: float | None = None,
+    evaluate: Callable[[Any], float | Mapping[str, float]] | None = None,
+    metric: str | None = None,
+    relative: bool = False,
     auto_class: type[Any] | None = None,
     inplace: bool = False,
     progress: bool = True,
     **kwargs: Any,
 ) -> Any:
-    """Quantize the Linear layers and embeddings of any model to int8, without data.
+    """Quantize a trained model of any `AutoModel` class.
+
+    ```python
+    quantize("my/bert", "int8_static", texts)
+    quantize(model, "int4_weight_only", Calibration(texts, samples=64), rounding="gptq")
+    quantize(model, "int8_dynamic", max_drop=0.01, evaluate=lambda model: accuracy(model))
+    ```
 
     Args:
-        model (`PreTrainedModel` or `str`): a model of any `AutoModel` class, or its folder or hub id.
-        scheme (`str`, *optional*, defaults to `"int8_dynamic"`): a scheme that needs no observed ranges:
-            `"int8_dynamic"` or `"int8_weight_only"`.
+        model (`PreTrainedModel` or `str`): the model, or its folder or hub id.
+        scheme (`str`, *optional*, defaults to `"int8_dynamic"`): see [`get_scheme`].
+        calibration ([`Calibration`] or its `data`, *optional*): needed by static schemes, `rounding="gptq"`,
+            `equalize` and `correct_bias`.
         targets (list of `str`, *optional*): patterns of modules to quantize; see [`select_modules`].
         ignore (list of `str`, *optional*): patterns of modules to leave in float.
-        embeddings (`bool`, *optional*, defaults to `True`): whether embeddings become int8 too.
+        embeddings (`bool`, *optional*, defaults to `True`): whether embeddings become int8.
+        overrides (`dict`, *optional*): other schemes, or `None` for float, by pattern:
+            `{"*.query": "int8_dynamic", "lm_head": None}`.
+        rounding (`str`, *optional*, defaults to `"nearest"`): how weights become integers: `"nearest"`; `"mse"`, to
+            the scale with the least squared error ([`search_scale`]); `"gptq"`, each weight making up for the error
+            of those before ([`gptq`]).
+        equalize (`str`, *optional*): scales moved from activations to weights, which changes nothing in float:
+            `"smoothquant"` for int8 activations ([`equalize_activations`]), `"awq"` for weights of few bits
+            ([`awq_scale`]).
+        correct_bias (`bool`, *optional*, defaults to `False`): whether biases make up for the mean error of their
+            layer ([`correct_biases`]).
+        observer (`str`, *optional*, defaults to `"mse"`): how static ranges are found ([`calibrate`]).
+        max_drop (`float`, *optional*): what the metric may lose; layers are put back into float, as few as will do,
+            until it is met ([`meet_accuracy`]).
+        evaluate (callable, *optional*): takes a model and returns a metric, or a dictionary of metrics.
+        metric (`str`, *optional*): which of them counts.
+        relative (`bool`, *optional*, defaults to `False`): whether `max_drop` is a share of the float model's metric.
         auto_class (*optional*): the class to load a path with; by default the one its config names.
         inplace (`bool`, *optional*, defaults to `False`): whether the model that was passed is changed. If not,
             it stays as it is, and shares no tensor with the result.
-        progress (`bool`, *optional*, defaults to `True`): whether to show a progress bar.
+        progress (`bool`, *optional*, defaults to `True`): whether to show progress bars and the guard's table.
         kwargs: passed on to `from_pretrained` where `model` is a path.
 
     Returns:
-        the int8 model, in eval mode; its `save_pretrained` writes the compressed-tensors layout.
+        the quantized model, in eval mode; its `save_pretrained` writes the compressed-tensors layout.
 
     Raises:
-        `ValueError`: for an unknown scheme or one that needs observed ranges, a pattern that matches nothing, a
-            model without a quantizable module or one that is quantized already, and NaN or infinite weights.
+        `ValueError`: for an unknown name, missing calibration data, a pattern that matches nothing, a model without a
+            quantizable module or one that is quantized already, NaN in weights or activations.
+        [`AccuracyError`]: if `max_drop` cannot be met; it says the best that was found.
+    """
+    scheme = get_scheme(scheme)
+    _check_options(scheme, calibration, overrides, rounding, equalize, correct_bias, observer, max_drop, evaluate)
+    if isinstance(model, (str, os.PathLike)):
+        model, inplace = load_float(model, auto_class, **kwargs), True
+    elif kwargs:
+        raise TypeError(
+            f"{', '.join(map(repr, kwargs))}: no argument of quantize; those of from_pretrained go with a path, but a "
+            "model was passed."
+        )
+    require_unquantized(model)
+    require_merged_adapters(model)
+    require_device(model)
+    selection = select_modules(model, targets, ignore, embeddings, scheme, overrides)
+    for name in selection.quantized:
+        require_dense_packing(selection.scheme_of(name, scheme).bits)
+    batches: list[Batch] = []
+    if calibration is not None:
+        given = calibration if isinstance(calibration, Calibration) else Calibration(calibration)
+        batches = calibration_batches(given, model)
+    if not inplace:
+        model = shallow_copy(model)
+    mode = model.training
+    model.eval()
+
+    schemes = {
+        name: selection.scheme_of(name, scheme) for name, kind in selection.quantized.items() if kind != "embedding"
+    }
+    if equalize == "smoothquant":
+        from .equalization import equalize as equalize_activations
+
+        equalize_activations(model, batches, list(schemes))
+    elif equalize == "awq":
+        from .equalization import awq_scale
+
+        awq_scale(model, batches, schemes)
+    static = [name for name, own in schemes.items() if own.activations == "static"]
+    ranges = {}
+    if static:
+        with progress_bar("Calibrating", len(batches), progress) as advance:
+            ranges = calibrate(model, batches, static, observer, advance)
+        selection = _without(selection, [name for name in static if name not in ranges])
+        schemes = {name: own for name, own in schemes.items() if name in selection.quantized}
+    twin = shallow_copy(model) if correct_bias or max_drop is not None else None
+    integers = {}
+    if rounding == "gptq":
+        from .gptq import gptq
+
+        with progress_bar("GPTQ", len(schemes), progress) as advance:
+            integers = gptq(model, batches, schemes, progress=advance)
+    with progress_bar(f"Quantizing to {scheme.name}", len(selection.quantized), progress) as advance:
+        search = rounding == "mse"
+        convert_float(model, scheme, selection, advance, ranges=ranges, integers=integers, search=search)
+    if correct_bias and twin is not None:
+        from .bias_correction import correct_biases
+
+        correct_biases(twin, model, batches, list(schemes))
+    if max_drop is not None and evaluate is not None and twin is not None:
+        from .guard import meet_accuracy
+
+        result = meet_accuracy(
+            twin, model, evaluate, max_drop=max_drop, relative=relative, metric=metric, batches=batches or None,
+            progress=progress,
+        )  # fmt: skip
+        if progress:
+            print(result)
+    if not inplace:
+        own_tensors(model)
+    model.train(mode)
+    attach_quantizer(model)
+    return model.eval()
+
+
+def quantize_dynamic(
+    model: PreTrainedModel | nn.Module | str | os.PathLike[str],
+    scheme: str | Scheme = "int8_dynamic",
+    **options: Any,
+) -> Any:
+    """Quantize any model without data: activations, where they are quantized, get their ranges at each forward.
+
+    Args:
+        model (`PreTrainedModel` or `str`): a model of any `AutoModel` class, or its folder or hub id.
+        scheme (`str`, *optional*, defaults to `"int8_dynamic"`): any but the static ones: `"int8_dynamic"`,
+            `"int8_weight_only"`, `"int4_weight_only"`, `"int4_dynamic"` ...; see [`get_scheme`].
+        options: see [`quantize`].
+
+    Returns:
+        the quantized model, in eval mode; its `save_pretrained` writes the compressed-tensors layout.
+
+    Raises:
+        `ValueError`: as [`quantize`] does, and for a static scheme.
     """
     scheme = get_scheme(scheme)
     if scheme.activations == "static":
         others = ", ".join(name for name, other in SCHEMES.items() if other.activations != "static")
         raise ValueError(
             f"scheme {scheme.name!r} needs observed activation ranges, which quantize_dynamic has no data for. "
-            f"Train with QATCallback({scheme.name!r}), or choose one of: {others}."
+            f"Call quantize_static with data, train with QATCallback({scheme.name!r}), or choose one of: {others}."
         )
-    if isinstance(model, (str, os.PathLike)):
-        model, inplace = load_float(model, auto_class, **kwargs), True
-    elif kwargs:
-        raise TypeError(f"{', '.join(kwargs)} are arguments of from_pretrained, but a model was passed, not a path")
-    require_unquantized(model)
-    selection = select_modules(model, targets, ignore, embeddings)
-    if not inplace:
-        model = _shallow_copy(model)
-    with progress_bar(f"Quantizing to {scheme.name}", len(selection.quantized), progress) as advance:
-        convert_float(model, scheme, selection, advance)
-    if not inplace:
-        _own_tensors(model)
-    attach_quantizer(model)
-    return model.eval()
+    return quantize(model, scheme, **options)
 
 
-def load_float(path: str | os.PathLike[str], auto_class: type[Any] | None = None, **kwargs: Any) -> PreTrainedModel:
-    """A float model from a folder or hub id, as the class that its config names.
+def quantize_static(
+    model: PreTrainedModel | nn.Module | str | os.PathLike[str],
+    calibration: Any,
+    scheme: str | Scheme = "int8_static",
+    *,
+    samples: int = 128,
+    batch_size: int = 8,
+    max_length: int | None = None,
+    processing_class: Any = None,
+    **options: Any,
+) -> Any:
+    """Quantize any model with activation ranges that are found once, on calibration data.
+
+    ```python
+    int8 = quantize_static("my/bert", texts)
+    quantize_static(trainer.model, trainer, inplace=True)  # the Trainer's own batches; evaluate() is then int8
+    ```
+
+    Args:
+        model (`PreTrainedModel` or `str`): a model of any `AutoModel` class, or its folder or hub id.
+        calibration: texts, a data set, a `DataLoader`, a `Trainer`, or a [`Calibration`] of one of them.
+        scheme (`str`, *optional*, defaults to `"int8_static"`): see [`get_scheme`].
+        samples, batch_size, max_length, processing_class (*optional*): see [`Calibration`].
+        options: see [`quantize`].
+
+    Returns:
+        the quantized model, in eval mode; its `save_pretrained` writes the compressed-tensors layout.
 
     Raises:
-        `ValueError`: if the checkpoint is quantized already, or a file is damaged.
+        `ValueError`: as [`quantize`] does.
     """
-    path = os.fspath(path)
-    if os.path.isdir(path):
-        require_sound_folder(path)
-    hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in kwargs}
-    config = AutoConfig.from_pretrained(path, trust_remote_code=kwargs.get("trust_remote_code"), **hub)
-    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
-    if method is not None:
+    if not isinstance(calibration, Calibration):
+        calibration = Calibration(calibration, samples, batch_size, max_length, processing_class)
+    return quantize(model, scheme, calibration, **options)
+
+
+def _check_options(
+    scheme: Scheme,
+    calibration: Any,
+    overrides: Mapping[str, str | Scheme | None] | None,
+    rounding: str,
+    equalize: str | None,
+    correct_bias: bool,
+    observer: str,
+    max_drop: float | None,
+    evaluate: Callable[..., Any] | None,
+) -> None:
+    require_observer(observer)
+    for name, value, allowed in (
+        ("rounding", rounding, ROUNDINGS),
+        ("equalize", equalize, (*EQUALIZATIONS, None)),
+    ):
+        if value not in allowed:
+            known = [str(one) for one in allowed]
+            raise ValueError(
+                f"unknown {name} {value!r}{did_you_mean(str(value), known) or '.'} Choose one of: {', '.join(known)}."
+            )
+    if (max_drop is None) is not (evaluate is None):
         raise ValueError(
-            f"{path} is quantized already ({method}). Pass the float checkpoint that it was made from"
-            + ("; hf_quant.load_quantized loads this one." if method == "compressed-tensors" else ".")
+            "`max_drop` and `evaluate` go together: the guard needs what may be lost, and a function that takes a "
+            f"model and returns its metric; got max_drop={max_drop!r}, evaluate={evaluate!r}."
         )
-    cls = auto_class or architecture(config, path)
-    return cls.from_pretrained(path, **kwargs)
-
-
-def require_unquantized(model: nn.Module) -> None:
-    """Refuse a model that is quantized already, by hf_quant or by anyone else.
-
-    Raises:
-        `ValueError`: if it is.
-    """
-    modules = int8_modules(model)
-    if modules:
+    others = [get_scheme(own) for own in (overrides or {}).values() if own is not None]
+    needs = {
+        "a static scheme": any(own.activations == "static" for own in (scheme, *others)),
+        "rounding='gptq'": rounding == "gptq",
+        f"equalize={equalize!r}": equalize is not None,
+        "correct_bias": correct_bias,
+    }
+    wanting = [name for name, need in needs.items() if need]
+    if wanting and calibration is None:
         raise ValueError(
-            f"{type(model).__name__} is quantized already: {len(modules)} of its modules are int8, such as "
-            f"{next(iter(modules))}. Start from the float model or checkpoint."
+            f"{', '.join(wanting)} needs `calibration`: a list of texts, a data set, a DataLoader or a Trainer, about "
+            "128 samples."
         )
-    if qat_modules(model):
+
+
+def _without(selection: Selection, unrun: list[str]) -> Selection:
+    """The selection without modules that saw no sample: they have no range."""
+    if not unrun:
+        return selection
+    logger.warning("%d modules never ran during calibration and stay in float: %s", len(unrun), ", ".join(unrun))
+    quantized = {name: kind for name, kind in selection.quantized.items() if name not in unrun}
+    if not quantized:
         raise ValueError(
-            f"{type(model).__name__} is prepared for quantization-aware training. Let its QATCallback convert it at "
-            "the end of training, or load the float checkpoint."
+            "no layer ran during calibration, so none has a range. Give data that the model's `forward` uses."
         )
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None:
-        method = getattr(quantizer.quantization_config, "quant_method", type(quantizer).__name__)
-        raise ValueError(
-            f"{type(model).__name__} is quantized already, with {getattr(method, 'value', method)}. Start from the "
-            "float model or checkpoint."
-        )
-
-
-def _shallow_copy(model: nn.Module) -> nn.Module:
-    """A copy of the modules on the same tensors: a second float model is never held."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-
-
-def _own_tensors(model: nn.Module) -> None:
-    """Copy what is still shared with the float model: biases, norms and the layers left in float."""
-    own: dict[int, Any] = {}
-    for module in model.modules():
-        if isinstance(module, INT8_MODULES):
-            continue
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                clone = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-                module._parameters[name] = own.setdefault(id(parameter), clone)
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = own.setdefault(id(buffer), buffer.clone())
+    left = {**selection.left, **dict.fromkeys(unrun, "never ran during calibration")}
+    return replace(selection, quantized=quantized, left=left)

@@ -56,9 +56,9 @@ def prepare(recipe: Recipe) -> Prepared:
     """
     from transformers import AutoConfig
 
-    from ..evaluation.predict import find_tokenizer, length_limit
-    from ..quantization.post_training import require_unquantized
+    from ..quantization.float_models import require_unquantized
     from ..targets import select_modules
+    from ..texts import find_tokenizer, length_limit
 
     problems = _check_folders(recipe)
     task = recipe.to_task()

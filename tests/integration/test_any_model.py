@@ -7,7 +7,6 @@ import math
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,19 +16,27 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hf_quant import load_quantized, quantize_dynamic, save_quantized
+from hf_quant import load_quantized, quantize_dynamic, quantize_static, save_quantized
 from hf_quant.quantization.sensitivity import sqnr
 from hf_quant.runtime.kernels import use_kernel
 from hf_quant.targets import Selection, select_modules
-from tests.zoo import GENERATION, SPECIES, batch_for, build, find_class, heads, outputs
+from tests.zoo import SPECIES, batch_for, build, find_class, generate, heads, outputs
 
-SCHEMES = ("int8_dynamic", "int8_weight_only")
-MIN_SQNR = {"int8_dynamic": 15.0, "int8_weight_only": 20.0}
+SCHEMES = ("int8_dynamic", "int8_weight_only", "int8_static", "int4_weight_only", "int4_dynamic")
+MIN_SQNR = {"int8": 15.0, "int4": 3.0}  # dB; the models are random: what they compute is noise that nothing damps
 
-# The layout has no int8 Conv1D that other readers know; they must refuse it in words.
-NOT_PLAIN = dict.fromkeys(("gpt2",), "use hf_quant.load_quantized")
+# What plain transformers 5.23 with compressed-tensors 0.20 cannot read, with its error.
+NOT_PLAIN = {
+    "gpt2": "use hf_quant.load_quantized",  # no other reader has an int8 Conv1D: it must refuse, not garble
+    # Its larger sisters' SwiGLU may be stored fused; where a model has none, the reader stumbles over the rule for it.
+    "dinov2": "you can only have one to many",
+}
+# There generate() fails once the weights are unpacked, if the model as a whole has a buffer of its own: what the
+# encoder returned reaches the decoder as a plain dict.
+NO_PLAIN_TOKENS = ("bart", "mbart", "pegasus", "marian")
 
 MAIN = [(species, kind.head) for species, kind in SPECIES.items()]
+MAIN += [("bert", head) for _, head in heads("bert") if ("bert", head) not in MAIN]
 OTHERS = sorted({(species, head) for species in SPECIES for _, head in heads(species)} - set(MAIN))
 CASES = [pytest.param(scheme, *case, id=f"{scheme}-{case[0]}-{case[1]}") for scheme in SCHEMES for case in MAIN]
 CASES += [
@@ -45,7 +52,7 @@ PLAIN = textwrap.dedent(
     import torch
     torch.set_num_threads(1)
     from safetensors.torch import save_file
-    from tests.zoo import GENERATION, batch_for, find_class, outputs
+    from tests.zoo import batch_for, find_class, generate, outputs
 
     root = Path(sys.argv[1])
     found = {}
@@ -54,8 +61,8 @@ PLAIN = textwrap.dedent(
             model, info = find_class(auto).from_pretrained(root / folder, output_loading_info=True)
             batch = batch_for(species, model.eval())
             tensors = {"output": outputs(model, batch)}
-            if model.can_generate():
-                tensors["tokens"] = {"tokens": model.generate(**batch, **GENERATION)}
+            if model.can_generate() and species not in sys.argv[2:]:
+                tensors["tokens"] = {"tokens": generate(model, batch)}
         except Exception as error:
             found[name] = {"error": f"{type(error).__name__}: {error}"}
             continue
@@ -86,26 +93,28 @@ def _serve(folder: Path, scheme: str, species: str, head: str) -> Served:
     batch = batch_for(species, model)
     served = Served(folder, outputs(model, batch))
     try:
-        int8 = quantize_dynamic(model, scheme, progress=False)
+        if scheme.endswith("static"):
+            int8 = quantize_static(model, [batch], scheme, progress=False)
+        else:
+            int8 = quantize_dynamic(model, scheme, progress=False)
         served.after = outputs(int8, batch)
         save_quantized(int8, folder)
         with use_kernel("reference"):
             served.reference = outputs(int8, batch)
             if int8.can_generate():
-                served.tokens = int8.generate(**batch, **GENERATION)
+                served.tokens = generate(int8, batch)
     except Exception as error:  # of one model: the others are served all the same
         served.error = error
     return served
 
 
 @pytest.fixture(scope="module")
-def zoo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Any, Served]]:
+def zoo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Served]:
     """Every model that the selected tests ask for, and one process that reloads all of them plain."""
     root = tmp_path_factory.mktemp("zoo")
     torch.set_num_threads(1)
-    calls = [
-        item.callspec.params for item in request.session.items if item.path == request.path and "callspec" in dir(item)
-    ]
+    items = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    calls = [item.callspec.params for item in items]
     cases = {(call["scheme"], call["species"], call["head"]): None for call in calls if "scheme" in call}
     autos = {(species, head): auto for species in SPECIES for auto, head in heads(species)}
     found = {case: _serve(root / str(index), *case) for index, case in enumerate(cases)}
@@ -116,13 +125,13 @@ def zoo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     }
     (root / "cases.json").write_text(json.dumps(wanted))
     done = subprocess.run(
-        [sys.executable, "-c", PLAIN, str(root)],
+        [sys.executable, "-c", PLAIN, str(root), *NO_PLAIN_TOKENS],
         capture_output=True, text=True, timeout=280, check=False, cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for name, plain in json.loads((root / "found.json").read_text()).items():
         found[tuple(name.split("/"))].plain = plain
-    yield found
+    return found
 
 
 def _served(zoo: dict[Any, Served], *case: str) -> Served:
@@ -146,7 +155,7 @@ def _same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(("scheme", "species", "head"), CASES)
 def test_outputs_stay_close(zoo: dict[Any, Served], scheme: str, species: str, head: str) -> None:
     served = _served(zoo, scheme, species, head)
-    assert MIN_SQNR[scheme] < sqnr(_first(served.before), _first(served.after)) < math.inf
+    assert MIN_SQNR[scheme[:4]] < sqnr(_first(served.before), _first(served.after)) < math.inf
 
 
 @pytest.mark.parametrize(("scheme", "species", "head"), CASES)
@@ -167,7 +176,7 @@ def test_plain_transformers_reads_it(zoo: dict[Any, Served], scheme: str, specie
         return
     assert served.plain == {"missing_keys": [], "unexpected_keys": [], "class": head}
     _same(load_file(served.folder / "plain-output"), dict(sorted(served.reference.items())))
-    if served.tokens is not None:
+    if served.tokens is not None and species not in NO_PLAIN_TOKENS:
         assert torch.equal(load_file(served.folder / "plain-tokens")["tokens"], served.tokens)
 
 
@@ -193,3 +202,35 @@ def _forgotten(model: nn.Module, selection: Selection) -> dict[str, str]:
             if not any(".".join(parts[:count]) in known for count in range(1, len(parts) + 1)):
                 found[name] = f"{type(module).__name__} {tuple(parameter.shape)}"
     return found
+
+
+def test_odd_modules_are_left_with_a_reason() -> None:
+    model = nn.ModuleDict(
+        {
+            "linear": nn.Linear(32, 32),
+            "attention": nn.MultiheadAttention(32, 2),
+            "bilinear": nn.Bilinear(4, 4, 4),
+            "lstm": nn.LSTM(4, 4),
+            "conv": nn.Conv2d(8, 3, 1),
+            "bag": nn.EmbeddingBag(4, 4),
+            "normed": nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
+            "normed by a hook": nn.utils.spectral_norm(nn.Linear(4, 4)),
+        }
+    )
+    selection = select_modules(model)
+    assert set(selection.quantized) == {"linear"}
+    assert not _forgotten(model, selection)
+
+
+def test_adapters_merged_by_peft_are_served_and_unmerged_ones_refused(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    options = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+    model = peft.get_peft_model(build("llama"), peft.LoraConfig(**options))
+    with pytest.raises(ValueError, match=r"Merge it first: model = model\.merge_and_unload\(\)"):
+        quantize_dynamic(model, progress=False)
+    merged = model.merge_and_unload().eval()
+    batch = batch_for("llama", merged)
+    int8 = quantize_dynamic(merged, progress=False)
+    assert MIN_SQNR["int8"] < sqnr(_first(outputs(merged, batch)), _first(outputs(int8, batch))) < math.inf
+    save_quantized(int8, tmp_path / "int8")
+    _same(outputs(load_quantized(tmp_path / "int8"), batch), outputs(int8, batch))

@@ -14,8 +14,7 @@ from transformers import Trainer, TrainerCallback
 from hf_quant import QATCallback, load_quantized
 from hf_quant.qparams import quantize, symmetric_scale
 from hf_quant.runtime.modules import int8_modules
-from hf_quant.schemes import SCHEMES
-from tests.tiny import make_trainer, tiny_bert, weights_bytes
+from tests.tiny import INT8_SCHEMES, make_trainer, tiny_bert, weights_bytes
 
 BEST = {
     "save_strategy": "steps",
@@ -43,7 +42,7 @@ def _trainer(folder: Path, scores: dict[int, float], scheme: str = "int8_static"
     return make_trainer(folder, callbacks=callbacks, changes={**BEST, **changes})
 
 
-@pytest.mark.parametrize("scheme", sorted(SCHEMES))
+@pytest.mark.parametrize("scheme", INT8_SCHEMES)
 def test_the_best_checkpoint_is_what_becomes_int8(scheme: str, tmp_path: Path) -> None:
     trainer = _trainer(tmp_path, {5: 0.9, 7: 0.5}, scheme)
     trainer.train()

@@ -14,9 +14,10 @@ from transformers import BertForSequenceClassification, PreTrainedTokenizerFast
 
 from hf_quant import quantize_dynamic, save_quantized
 from hf_quant.evaluation import latency
-from hf_quant.evaluation.predict import batches, encode_texts, find_tokenizer, length_limit, predict
+from hf_quant.evaluation.predict import batches, encode_texts, predict
 from hf_quant.evaluation.sizes import model_size
 from hf_quant.evaluation.tasks import Task
+from hf_quant.texts import find_tokenizer, length_limit
 
 from ..evaluation import WORDS, by_hand, labelled, make_tokenizer
 from ..tiny import VOCAB, tiny_bert, tiny_gpt2, tiny_llama

@@ -34,7 +34,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_quant import load_quantized, quantize_dynamic, save_quantized
+from hf_quant import load_quantized, quantize, quantize_dynamic, save_quantized
 from hf_quant.quantization.sensitivity import sqnr
 from hf_quant.runtime.kernels import use_kernel
 from hf_quant.runtime.modules import Int8Linear, int8_modules
@@ -207,7 +207,7 @@ def test_class_and_options_of_from_pretrained(tmp_path: Path) -> None:
 
 
 def test_options_of_from_pretrained_beside_a_model_are_refused() -> None:
-    with pytest.raises(TypeError, match=r"dtype are arguments of from_pretrained, but a model was passed, not a path"):
+    with pytest.raises(TypeError, match=r"'dtype': no argument of quantize; those of from_pretrained"):
         quantize_dynamic(tiny_bert(), dtype=torch.bfloat16)
 
 
@@ -252,8 +252,9 @@ def test_progress_bar_goes_to_standard_error_and_can_be_silenced(capfd: pytest.C
 
 
 def test_signature_is_the_documented_one() -> None:
-    parameters = inspect.signature(quantize_dynamic).parameters
-    assert list(parameters)[:2] == ["model", "scheme"]
+    assert list(inspect.signature(quantize_dynamic).parameters) == ["model", "scheme", "options"]
+    parameters = inspect.signature(quantize).parameters
+    assert list(parameters)[:3] == ["model", "scheme", "calibration"]
     assert parameters["scheme"].default == "int8_dynamic"
     assert parameters["inplace"].default is False
     assert all(parameters[name].kind is inspect.Parameter.KEYWORD_ONLY for name in ("targets", "ignore", "inplace"))

@@ -21,7 +21,7 @@ from transformers import (
 
 from hf_quant import QATCallback, load_quantized
 from hf_quant.schemes import SCHEMES
-from tests.tiny import VOCAB, Sentences, logits, make_trainer, tiny_llama
+from tests.tiny import INT8_SCHEMES, VOCAB, Sentences, logits, make_trainer, tiny_llama
 
 schemes = pytest.mark.parametrize("scheme", sorted(SCHEMES))
 
@@ -57,7 +57,7 @@ class Translations(Sentences):
         return {**super().__getitem__(index), "labels": self.input_ids[index]}
 
 
-@schemes
+@pytest.mark.parametrize("scheme", INT8_SCHEMES)
 def test_generating_evaluation_of_an_encoder_decoder(scheme: str, tmp_path: Path) -> None:
     """The last forward before conversion is a step of `generate`, with a cache among its arguments."""
     torch.manual_seed(0)

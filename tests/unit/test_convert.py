@@ -14,6 +14,7 @@ from hf_quant.quantization.qat import QATLinear, QATState, prepare
 from hf_quant.runtime.modules import Int8Linear
 from hf_quant.schemes import SCHEMES
 from hf_quant.targets import Selection, select_modules
+from tests.tiny import INT8_SCHEMES
 
 
 class Network(nn.Module):
@@ -43,7 +44,7 @@ def _convert(model: nn.Module, scheme: str = "int8_static", **kwargs: Any) -> Co
     return convert_qat(model, state, SCHEMES[scheme], selection, list(state.inputs), **kwargs)
 
 
-@pytest.mark.parametrize("scheme", sorted(SCHEMES))
+@pytest.mark.parametrize("scheme", INT8_SCHEMES)
 def test_what_is_reported(scheme: str) -> None:
     steps: list[int] = []
     result = _convert(Network(), scheme, progress=lambda: steps.append(1))

@@ -8,15 +8,16 @@ from typing import Any
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.utils.match import match_named_modules
 from torch import nn
 
 from hf_quant import quantize_dynamic
-from hf_quant.layout import CONV1D_FORMAT, quantization_config, read_schemes
-from hf_quant.quantization.convert import convert_float
+from hf_quant.layout import CONV1D_FORMAT, Stored, quantization_config, read_schemes
 from hf_quant.runtime.modules import Int8Linear, int8_modules
+from hf_quant.runtime.packed import PackedLinear
 from hf_quant.schemes import SCHEMES
 from hf_quant.targets import select_modules
-from tests.tiny import tiny_bert, tiny_gpt2, tiny_llama
+from tests.tiny import INT8_SCHEMES, tiny_bert, tiny_gpt2, tiny_llama
 
 CHANNEL = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
 ACTIVATIONS: dict[str, dict[str, Any] | None] = {
@@ -46,7 +47,7 @@ def _int8(scheme: str) -> nn.Module:
     return quantize_dynamic(tiny_bert(), scheme, progress=False)
 
 
-@pytest.mark.parametrize("scheme", sorted(SCHEMES))
+@pytest.mark.parametrize("scheme", INT8_SCHEMES)
 def test_fields(scheme: str) -> None:
     config = quantization_config(_int8(scheme))
     assert {key: config[key] for key in ("quant_method", "format", "quantization_status")} == {
@@ -68,7 +69,7 @@ def test_fields(scheme: str) -> None:
         assert config["config_groups"]["embedding"]["input_activations"] is None
 
 
-@pytest.mark.parametrize("scheme", sorted(SCHEMES))
+@pytest.mark.parametrize("scheme", INT8_SCHEMES)
 def test_compressed_tensors_understands_it(scheme: str) -> None:
     config = QuantizationConfig.model_validate(quantization_config(_int8(scheme)))
     arguments = config.config_groups["linear"].input_activations
@@ -82,21 +83,23 @@ def test_compressed_tensors_understands_it(scheme: str) -> None:
         )
 
 
-@pytest.mark.parametrize("scheme", sorted(SCHEMES))
+@pytest.mark.parametrize("scheme", INT8_SCHEMES)
 def test_reading_gives_back_what_was_written(scheme: str) -> None:
     model = _int8(scheme)
     with torch.device("meta"):
         shell = tiny_bert()
     found = read_schemes(quantization_config(model), shell)
-    assert found == {name: getattr(module, "scheme", None) for name, module in int8_modules(model).items()}
+    assert found == {name: Stored(getattr(module, "scheme", None)) for name, module in int8_modules(model).items()}
 
 
 def test_ignored_are_all_float_modules_of_the_targets_classes() -> None:
     model = quantize_dynamic(tiny_bert(), targets=["*.query", "*word_embeddings"], progress=False)
     config = quantization_config(model)
     float_modules = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))}
-    assert set(config["ignore"]) == float_modules
-    assert "bert.embeddings.position_embeddings" in config["ignore"]
+    assert {name for name, _ in match_named_modules(model, config["ignore"])} == float_modules
+    assert len(config["ignore"]) == len(float_modules)
+    base = {name for name, _ in match_named_modules(tiny_bert().bert, config["ignore"])}
+    assert base == {name.removeprefix("bert.") for name in float_modules} - {"classifier"}, "without its head too"
 
 
 def test_float_embeddings_need_no_mention_where_no_embedding_is_int8() -> None:
@@ -109,7 +112,7 @@ def test_embeddings_alone() -> None:
     model = quantize_dynamic(tiny_bert(), targets=["*_embeddings"], progress=False)
     config = quantization_config(model)
     assert set(config["config_groups"]) == {"embedding"}
-    assert read_schemes(config, tiny_bert()) == dict.fromkeys(int8_modules(model))
+    assert read_schemes(config, tiny_bert()) == dict.fromkeys(int8_modules(model), Stored(None))
 
 
 def test_conv1d_has_a_group_whose_format_plain_readers_refuse() -> None:
@@ -126,7 +129,7 @@ def test_conv1d_has_a_group_whose_format_plain_readers_refuse() -> None:
 def test_float_conv1d_is_ignored_where_others_are_int8() -> None:
     model = quantize_dynamic(tiny_gpt2(), ignore=["*.c_proj"], progress=False)
     config = quantization_config(model)
-    assert "transformer.h.0.attn.c_proj" in config["ignore"]
+    assert r"re:^(transformer\.)?h\.0\.attn\.c_proj$" in config["ignore"]
     assert set(read_schemes(config, tiny_gpt2())) == set(int8_modules(model))
 
 
@@ -135,14 +138,23 @@ def test_model_without_an_int8_module() -> None:
         quantization_config(tiny_bert())
 
 
-def test_two_schemes_in_one_model_have_no_layout() -> None:
-    model = tiny_bert()
-    for scheme, pattern in (("int8_dynamic", "*.query"), ("int8_weight_only", "*.key")):
-        convert_float(model, SCHEMES[scheme], select_modules(model, [pattern]))
-    with pytest.raises(
-        ValueError, match="the layout holds one scheme for all Linear layers, not int8_dynamic, int8_weight_only"
-    ):
-        quantization_config(model)
+def test_layers_of_a_rarer_scheme_are_named_one_by_one() -> None:
+    overrides = {"*.0.*.query": "int4_weight_only", "*.0.*.key": "int8_weight_only", "*.value": None}
+    model = quantize_dynamic(tiny_bert(), overrides=overrides, progress=False)
+    config = quantization_config(model)
+    assert config["format"] == "mixed-precision"
+    assert config["config_groups"]["linear"]["targets"] == ["Linear"]
+    named = {key: group for key, group in config["config_groups"].items() if key.startswith("layers_")}
+    assert sorted(group["format"] for group in named.values()) == ["int-quantized", "pack-quantized"]
+    assert all(key < "linear" for key in named), "config.json is sorted, and names must come before classes"
+    with torch.device("meta"):
+        whole, base = tiny_bert(), tiny_bert().bert
+    expected = {
+        name: Stored(getattr(module, "scheme", None), isinstance(module, PackedLinear))
+        for name, module in int8_modules(model).items()
+    }
+    assert read_schemes(config, whole) == expected
+    assert read_schemes(config, base) == {name.removeprefix("bert."): stored for name, stored in expected.items()}
 
 
 def _layout(**linear: Any) -> dict[str, Any]:
@@ -164,7 +176,9 @@ def test_layout_of_another_writer() -> None:
     """Names of groups, fields of observers and regular expressions are up to the writer."""
     found = read_schemes(_layout(targets=[r"re:.*self_attn\.(q|k)_proj$"]), tiny_llama())
     assert found == {
-        f"model.layers.{layer}.self_attn.{kind}_proj": SCHEMES["int8_dynamic"] for layer in (0, 1) for kind in "qk"
+        f"model.layers.{layer}.self_attn.{kind}_proj": Stored(SCHEMES["int8_dynamic"])
+        for layer in (0, 1)
+        for kind in "qk"
     }
 
 
@@ -180,8 +194,8 @@ def test_layout_of_another_writer() -> None:
         ({"weights": {**CHANNEL, "type": "float"}}, r"'type': 'float'.*which hf_quant does"),
         (
             {"input_activations": {**CHANNEL, "strategy": "tensor"}},
-            r"q_proj has input activations .*'symmetric': True, 'strategy': 'tensor'.*, which hf_quant does not run; "
-            r"it runs int8_dynamic: ",
+            r"q_proj has weights .*, and input activations .*'symmetric': True, 'strategy': 'tensor'.*, which "
+            r"hf_quant does not run\. It runs symmetric integers of 2 to 8 bits by channel or group",
         ),
         ({"output_activations": dict(CHANNEL)}, r"q_proj has quantized outputs, which hf_quant does"),
         ({"targets": ["Conv2d"]}, r"matches no module of the model"),

@@ -18,9 +18,9 @@ from hf_quant.quantization.qat import QATConv1D, QATEmbedding, QATState, prepare
 from hf_quant.runtime.kernels import Kernel, choose_kernel, onednn_is_exact, use_kernel
 from hf_quant.schemes import SCHEMES
 from hf_quant.targets import select_modules
-from tests.tiny import tiny_bert, tiny_gpt2, tiny_llama
+from tests.tiny import INT8_SCHEMES, tiny_bert, tiny_gpt2, tiny_llama
 
-schemes = pytest.mark.parametrize("scheme", sorted(SCHEMES))
+schemes = pytest.mark.parametrize("scheme", INT8_SCHEMES)
 makers = pytest.mark.parametrize("maker", [tiny_bert, tiny_llama, tiny_gpt2])
 seeds = st.integers(0, 2**16)
 

@@ -6,14 +6,16 @@ import dataclasses
 
 import pytest
 
-from hf_quant.schemes import SCHEMES, Scheme, get_scheme
+from hf_quant.schemes import GROUP_SIZES, SCHEMES, Scheme, get_scheme
 
 
-def test_the_three_schemes_and_their_activations() -> None:
-    assert {name: scheme.activations for name, scheme in SCHEMES.items()} == {
-        "int8_dynamic": "dynamic",
-        "int8_static": "static",
-        "int8_weight_only": None,
+def test_the_usual_schemes() -> None:
+    assert {name: (scheme.activations, scheme.bits, scheme.group_size) for name, scheme in SCHEMES.items()} == {
+        "int8_dynamic": ("dynamic", 8, None),
+        "int8_static": ("static", 8, None),
+        "int8_weight_only": (None, 8, None),
+        "int4_weight_only": (None, 4, 32),
+        "int4_dynamic": ("dynamic", 4, 32),
     }
     assert all(name == scheme.name for name, scheme in SCHEMES.items())
 
@@ -33,7 +35,8 @@ def test_unknown_scheme_names_value_suggestion_and_choices() -> None:
     with pytest.raises(
         ValueError,
         match=r"unknown scheme 'int8_statik'; did you mean 'int8_static'\? "
-        r"Choose one of: int8_dynamic, int8_static, int8_weight_only\.",
+        r"Choose one of: int8_dynamic, int8_static, int8_weight_only, int4_weight_only, int4_dynamic; or another "
+        r"number of bits \(2 to 8\) and group size, such as int6_weight_only or int4_weight_only_g128\.",
     ):
         get_scheme("int8_statik")
 
@@ -48,3 +51,44 @@ def test_a_name_near_to_nothing_gets_no_suggestion_but_the_choices() -> None:
 def test_what_is_no_string_is_refused_in_the_same_words(wrong: object) -> None:
     with pytest.raises((ValueError, TypeError), match=r"Choose one of: int8_dynamic"):
         get_scheme(wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("kind", ["dynamic", "weight_only"])
+@pytest.mark.parametrize("group", [None, *GROUP_SIZES])
+def test_bits_and_groups_are_read_off_the_name(bits: int, kind: str, group: int | None) -> None:
+    name = f"int{bits}_{kind}" + (f"_g{group}" if group else "")
+    scheme = get_scheme(name)
+    default = 32 if bits < 8 else None
+    assert (scheme.bits, scheme.group_size) == (bits, group or default)
+    assert scheme.activations == (None if kind == "weight_only" else kind)
+    assert scheme.packed is (bits < 8 or group is not None)
+    assert get_scheme(scheme.name) == scheme, "the name says it all"
+    assert (scheme.name in SCHEMES) is (scheme is SCHEMES.get(scheme.name))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "int4_weight_only_g48",
+            r"has groups of 48; allowed: 32, 64, 128\. Write, for example, int4_weight_only_g32\.",
+        ),
+        (
+            "int4_static",
+            r"'int4_static': static activations go with int8 weights per channel\. Use int8_static, or int4_",
+        ),
+        ("int8_static_g32", r"static activations go with int8 weights per channel"),
+        ("int9_dynamic", r"unknown scheme 'int9_dynamic'; did you mean '"),
+        ("int1_weight_only", r"unknown scheme 'int1_weight_only'"),
+    ],
+)
+def test_what_there_is_not_names_what_there_is(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        get_scheme(name)
+
+
+def test_one_scale_a_channel_for_few_bits_has_a_name_too() -> None:
+    scheme = get_scheme("int4_weight_only_channel")
+    assert (scheme.bits, scheme.group_size, scheme.packed) == (4, None, True)
+    assert get_scheme("int8_weight_only_channel") is SCHEMES["int8_weight_only"]

@@ -200,5 +200,6 @@ def test_subclasses_and_odd_weights_are_left_with_the_reason() -> None:
         "scaled": "Scaled has a forward of its own",
         "clipped": "renormalizes its weight at each forward (max_norm)",
         "empty": "its weight is empty",
+        "attention": "MultiheadAttention holds its weight outside of a Linear, Conv1D or Embedding",
         "attention.out_proj": "NonDynamicallyQuantizableLinear has a forward of its own",
     }
