@@ -35,9 +35,15 @@ DataDirOption = Annotated[
     Path | None,
     typer.Option("--data-dir", help="Folder of <task>/validation.parquet; without it the data come from the hub."),
 ]
-BatchSizeOption = Annotated[int, typer.Option("--batch-size", min=1, help="Examples a batch.")]
-MaxSamplesOption = Annotated[int | None, typer.Option("--max-samples", min=1, help="Examples to draw; all of them.")]
-MaxLengthOption = Annotated[int | None, typer.Option("--max-length", min=1, help="Tokens at which texts are cut.")]
+BatchSizeOption = Annotated[
+    int | None, typer.Option("--batch-size", min=1, help="A batch: 32 examples, or 4 windows of --texts.")
+]
+MaxSamplesOption = Annotated[
+    int | None, typer.Option("--max-samples", min=1, help="Examples or windows to draw; all of them.")
+]
+MaxLengthOption = Annotated[
+    int | None, typer.Option("--max-length", min=1, help="Tokens at which examples are cut, or tokens a window.")
+]
 
 
 def _print_version(wanted: bool) -> None:
@@ -132,7 +138,13 @@ def quantize(
 @app.command()
 def compare(
     float_model: Annotated[str, typer.Argument(metavar="FLOAT", help="Folder or hub id of the float model.")],
-    int8_model: Annotated[str, typer.Argument(metavar="INT8", help="Folder or hub id of the int8 model.")],
+    int8_model: Annotated[
+        str | None, typer.Argument(metavar="INT8", help="Folder or hub id of the int8 model; or use --schemes.")
+    ] = None,
+    schemes: Annotated[
+        str | None,
+        typer.Option("--schemes", "-s", help="In place of INT8: make a model with each of these schemes (a,b,c)."),
+    ] = None,
     task: TaskOption = None,
     data_dir: DataDirOption = None,
     data: Annotated[
@@ -143,7 +155,14 @@ def compare(
     ] = None,
     label_column: Annotated[str, typer.Option("--label-column", help="With --text-column: the labels.")] = "label",
     metric: Annotated[list[str] | None, typer.Option("--metric", help="In place of the task's; repeatable.")] = None,
-    batch_size: BatchSizeOption = 32,
+    texts: Annotated[
+        Path | None, typer.Option("--texts", help="For causal language models: .txt, or a table with a column text.")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option("--calibration", help="With --schemes: texts or rows for static ranges.")
+    ] = None,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Rows or windows to calibrate on.")] = 128,
+    batch_size: BatchSizeOption = None,
     max_length: MaxLengthOption = None,
     max_samples: MaxSamplesOption = None,
     json: Annotated[Path | None, typer.Option("--json", help="Write the report as JSON.")] = None,
@@ -154,28 +173,33 @@ def compare(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace reports that are there.")] = False,
 ) -> None:
-    """Measure an int8 model against its float model: quality with intervals, size, latency, error by layer."""
+    """Measure an int8 model, or a model under several schemes, against float: quality with intervals, size, speed."""
     files = {"json": json, "markdown": markdown, "html": html}
     names = ("report.json", "report.md", "report.html")
     _require_new([*files.values(), *(output / name for name in names if output)], overwrite)
+    if (int8_model is None) is (schemes is None):
+        raise ValueError(
+            "Give the INT8 model to measure, or --schemes to make models with, such as "
+            "--schemes int8_dynamic,int4_weight_only" + ("." if schemes is None else "; not both.")
+        )
+    if texts and (task or data or text_column or data_dir or metric):
+        raise ValueError(
+            "--texts measures the perplexity of a causal language model; leave out --task, --data, --data-dir, "
+            "--text-column and --metric."
+        )
+    if calibration and not schemes:
+        raise ValueError("--calibration is for models that are made here; it needs --schemes.")
     if text_column and (task or not data):
         raise ValueError("--text-column names columns of --data; it needs --data and no --task.")
     if data_dir and data:
         raise ValueError("--data-dir is where the files of --task lie; with --data, leave it out.")
     _find_task_data(None if data else task, data_dir)
-    from .evaluation.compare import compare as compare_models
-
     _quiet()
-    comparison = compare_models(
-        float_model,
-        int8_model,
-        task=_own_task(float_model, text_column, label_column) if text_column else task,
-        data=data,
-        metrics=metric,
-        batch_size=batch_size,
-        max_length=max_length,
-        max_samples=max_samples,
-    )
+    shared: dict[str, Any] = {"batch_size": batch_size, "max_samples": max_samples}
+    if texts is None:
+        chosen = _own_task(float_model, text_column, label_column) if text_column else task
+        shared |= {"task": chosen, "data": data, "metrics": metric}
+    comparison = _compared(float_model, int8_model, schemes, texts, calibration, samples, max_length, shared)
     for kind, path in files.items():
         if path is not None:
             getattr(comparison, f"to_{kind}")(path)
@@ -183,6 +207,47 @@ def compare(
     if output is not None:
         comparison.save(output)
         typer.echo(f"report: {output / 'report.html'}")
+
+
+def _compared(
+    float_model: str,
+    int8_model: str | None,
+    schemes: str | None,
+    texts: Path | None,
+    calibration: Path | None,
+    samples: int,
+    max_length: int | None,
+    shared: dict[str, Any],
+) -> Any:
+    """The report that the arguments of `compare` ask for."""
+    from .evaluation.tasks import load_data
+    from .evaluation.windows import read_texts
+
+    if int8_model is not None and texts is None:
+        from .evaluation.compare import compare as compare_models
+
+        batch_size = shared.pop("batch_size") or 32
+        return compare_models(float_model, int8_model, batch_size=batch_size, max_length=max_length, **shared)
+    from .evaluation.sweep import compare_perplexity, compare_schemes
+
+    if int8_model is not None and texts is not None:
+        return compare_perplexity(float_model, int8_model, None, read_texts(texts), length=max_length, **shared)
+    given: Any = None
+    if calibration is not None and (texts is not None or calibration.suffix.lower() == ".txt"):
+        given = read_texts(calibration)
+        if texts is None:
+            given = [line for line in given[0].splitlines() if line.strip()]
+    elif calibration is not None:
+        given = load_data(calibration)
+    return compare_schemes(
+        float_model,
+        [name.strip() for name in (schemes or "").split(",") if name.strip()],
+        texts=None if texts is None else read_texts(texts),
+        calibration=given,
+        samples=samples,
+        max_length=max_length,
+        **shared,
+    )
 
 
 def _console() -> Console:

@@ -21,7 +21,7 @@ def conversion_table(conversion: Conversion) -> Table:
     table = _table(f"Converted to {conversion.scheme.name}")
     table.add_column("weight SQNR, dB", justify="right")
     table.add_column("parity, dB", justify="right")
-    for row, names in _families(conversion.scheme, conversion.quantized, conversion.left):
+    for row, names in _families(conversion.scheme, conversion.quantized, conversion.left, conversion.schemes):
         table.add_row(*row, _least(conversion.error_sqnr, names), _least(conversion.layer_sqnr, names))
     if conversion.logits_sqnr is not None:
         table.caption = f"Model output, int8 against fake-quant: {conversion.logits_sqnr:.0f} dB"
@@ -31,7 +31,7 @@ def conversion_table(conversion: Conversion) -> Table:
 def selection_table(scheme: Scheme, selection: Selection) -> Table:
     """What a selection of modules becomes: one row for each family of layers that differ only by their number."""
     table = _table(f"Quantized to {scheme.name}")
-    for row, _ in _families(scheme, selection.quantized, selection.left):
+    for row, _ in _families(scheme, selection.quantized, selection.left, selection.schemes):
         table.add_row(*row)
     return table
 
@@ -65,12 +65,13 @@ def _table(title: str) -> Table:
 
 
 def _families(
-    scheme: Scheme, quantized: Mapping[str, Kind], left: Mapping[str, str]
+    scheme: Scheme, quantized: Mapping[str, Kind], left: Mapping[str, str], schemes: Mapping[str, Scheme]
 ) -> list[tuple[tuple[str, str, str], list[str]]]:
     families: dict[tuple[str, str], list[str]] = defaultdict(list)
-    inputs = f"{scheme.activations or 'float'} inputs"
     for name, kind in quantized.items():
-        families[_pattern(name), f"int8 {kind}" if kind == "embedding" else f"int8 {kind}, {inputs}"].append(name)
+        own = schemes.get(name, scheme)
+        became = f"int{own.bits} {kind}, {own.activations or 'float'} inputs"
+        families[_pattern(name), "int8 embedding" if kind == "embedding" else became].append(name)
     for name, reason in left.items():
         families[_pattern(name), f"float: {reason}"].append(name)
     return [((pattern, str(len(names)), became), names) for (pattern, became), names in families.items()]

@@ -227,8 +227,8 @@ def perplexity_change(
     found = []
     for size in _chunks(resamples, count):
         drawn = rng.multinomial(count, np.full(count, 1.0 / count), size=size)
-        with np.errstate(over="ignore"):
-            found.append(np.expm1(drawn @ rises / (drawn @ tokens)))
+        # Bounded, so that the changes of a model that is broken stay numbers.
+        found.append(np.expm1(np.minimum(drawn @ rises / (drawn @ tokens), 700.0)))
     return change, _percentiles(np.concatenate(found), confidence)
 
 

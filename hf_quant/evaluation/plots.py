@@ -208,7 +208,7 @@ def sensitivity_plot(rows: Sequence[LayerSensitivity]) -> str:
         parts.append(_text(x, bottom + 14, f"{tick:g}", "tick", "middle"))
     parts.append(_text(right + 14, bottom + 14, "dB", "tick"))
     if measured:
-        parts.append(_text(change, bottom + 14, "change of the metric", "tick", "end"))
+        parts.append(_text(change, bottom + 14, "change", "tick", "end"))
     for i, layer in enumerate(rows):
         y = 4 + row * i + row / 2
         share = 1.0 if layer.sqnr == math.inf else max(0.0, layer.sqnr) / longest if math.isfinite(layer.sqnr) else 0.0
@@ -223,9 +223,9 @@ def sensitivity_plot(rows: Sequence[LayerSensitivity]) -> str:
 
 
 def trade_off_plot(points: Sequence[TradeOff], target: float | None = None) -> str:
-    """Layers kept in float to the right, the metric upwards, sizes at the points, and the target as a line."""
+    """Layers kept in float to the right, the metric upwards, sizes below, and the target as a line."""
     points = sorted(points, key=lambda point: point.float_layers)
-    left, right, top, bottom = 80, 640, 34, 260
+    left, right, top, bottom = 80, 620, 10, 240
     values = [p.value for p in points if math.isfinite(p.value)] + ([] if target is None else [target])
     low, high = min(values, default=0.0), max(values, default=1.0)
     margin = (high - low) * 0.1 or max(abs(high) * 0.01, 1e-6)
@@ -246,7 +246,8 @@ def trade_off_plot(points: Sequence[TradeOff], target: float | None = None) -> s
     for tick in _ticks(0.0, float(most)):
         if tick == int(tick):
             parts.append(_text(across(tick), bottom + 18, f"{tick:g}", "tick", "middle"))
-    parts.append(_text(WIDTH - 4, bottom + 34, "layers kept in float", "tick", "end"))
+    parts.append(_text(right + 20, bottom + 18, "layers in float", "tick"))
+    parts.append(_text(right + 20, bottom + 36, "MB", "tick"))
     if target is not None:
         y = down(target)
         parts.append(f'<line class="target" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
@@ -260,10 +261,10 @@ def trade_off_plot(points: Sequence[TradeOff], target: float | None = None) -> s
         words = f"{w.megabytes(point.size)} MB"
         hint = f"{point.float_layers} layers in float: {point.value:.5g}, {words}"
         parts.append(f'<g class="none"><title>{escape(hint)}</title><circle cx="{x:.1f}" cy="{y:.1f}" r="5"/></g>')
-        if x - 32 >= free:
-            parts.append(_text(x, y - 16, words, "tick", "middle"))
-            free = x + 32
-    return _svg(bottom + 46, "Metric and size by the number of layers kept in float", parts)
+        if x - 18 >= free:
+            parts.append(_text(x, bottom + 36, w.megabytes(point.size), "tick", "middle"))
+            free = x + 18
+    return _svg(bottom + 48, "Metric and size by the number of layers kept in float", parts)
 
 
 def _spread(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:

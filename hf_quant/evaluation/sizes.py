@@ -8,7 +8,8 @@ from pathlib import Path
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..runtime.modules import Int8Embedding, Int8Linear
+from ..runtime.base import QuantizedModule
+from ..runtime.modules import Int8Embedding
 from .results import ModelSize
 
 
@@ -39,7 +40,7 @@ def model_size(model: nn.Module, folder: str | os.PathLike[str] | None = None) -
 def _kind(module: nn.Module) -> str:
     if isinstance(module, (nn.Embedding, Int8Embedding)):
         return "embeddings"
-    return "linear" if isinstance(module, (nn.Linear, Conv1D, Int8Linear)) else "rest"
+    return "linear" if isinstance(module, (nn.Linear, Conv1D, QuantizedModule)) else "rest"
 
 
 def weights_on_disk(folder: str | os.PathLike[str] | None) -> int | None:

@@ -127,7 +127,7 @@ def _renderable(sweep: SweepFigures) -> RenderableType:
         styles = ["bold", "", *[_TEXT_STYLES[outcome]] * 2] + [""] * len(values)
         table.add_row(*(Text(value, style=style) for value, style in zip(values, styles, strict=False)))
     failed = [Text(f"{label}: {reason}", style="yellow") for label, reason in sweep.failed.items()]
-    parts = [
+    parts: list[RenderableType] = [
         Text(s.title(sweep), style="bold"),
         Text(s.headline_words(sweep)),
         Text(),
@@ -179,8 +179,8 @@ def _fragment(sweep: SweepFigures) -> str:
     lower = "Lower is better. " if headline == PERPLEXITY else ""
     sections = [
         f'<section><h2>Size, quality and speed</h2><p class="soft">Change of {escape(s.metric_name(headline))} '
-        f"against float, with its {w.percent(sweep.confidence)} interval, over the size in memory. {lower}Red: worse beyond "
-        "chance; green: better.</p>"
+        f"against float, with its {w.percent(sweep.confidence)} interval, over the size in memory. {lower}Red: worse "
+        "beyond chance; green: better.</p>"
         f"<figure>{plots.scheme_plot(points, s.unit(headline), sweep.confidence)}</figure>"
         f"{html_table(header, rows, slice(1, None))}"
         + (bullets(f"{label} failed: {reason}" for label, reason in sweep.failed.items()) if sweep.failed else "")

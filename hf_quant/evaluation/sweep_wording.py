@@ -48,7 +48,9 @@ def change_words(metric: str, change: float, samples: int) -> str:
     """`-0.36`, in points or percent."""
     if metric != PERPLEXITY:
         return w.signed_points(change, samples)
-    return f"{change * 100:+.3g}" if abs(change) >= 1.0 else w.signed_points(change, 10_000)
+    if abs(change) >= 1e4:
+        return f"{change * 100:+.0e}"
+    return f"{change * 100:+,.0f}" if abs(change) >= 1.0 else w.signed_points(change, 10_000)
 
 
 def interval_words(change: Change, samples: int) -> str:
@@ -80,7 +82,7 @@ def table_header(sweep: SweepFigures) -> list[str]:
         columns.append("flips")
     columns += ["MB", "smaller"]
     if any(row.latency is not None for row in sweep.rows):
-        columns += ["ms", "faster"]
+        columns += ["ms", "speed-up"]
     return ["scheme", *columns]
 
 
@@ -106,7 +108,7 @@ def table_rows(sweep: SweepFigures) -> list[tuple[list[str], str]]:
             "MB": w.megabytes(row.size.total),
             "smaller": w.ratio(sweep.float_model.size.total, row.size.total),
             "ms": "" if row.latency is None else w.significant(row.latency.int8_p50),
-            "faster": "" if row.latency is None else f"{row.latency.speedup:.2f}x",
+            "speed-up": "" if row.latency is None else f"{row.latency.speedup:.2f}x",
         }
         found.append(([cells[column] for column in header], outcome(change)))
     return found
@@ -166,12 +168,14 @@ def headline_words(sweep: SweepFigures) -> str:
         return words + ("." if best.latency is None else f" and {w.faster(best.latency)}.")
     words = f"{best.label} keeps {name} best ({moved(best)}); {smallest.label} is the smallest ({smaller(smallest)}"
     words += ")" if smallest is best else f", {moved(smallest)})"
-    timed = [(row.latency.speedup, row) for row in rows if row.latency is not None]
+    timed = [(row.latency, row) for row in rows if row.latency is not None]
     if timed:
-        fastest = max(timed, key=lambda item: item[0])[1]
-        assert fastest.latency is not None
-        words += f"; {fastest.label} is the fastest ({w.faster(fastest.latency)}"
-        words += ")" if fastest in (best, smallest) else f", {moved(fastest)})"
+        latency, fastest = max(timed, key=lambda item: item[0].speedup)
+        more = "" if fastest in (best, smallest) else f", {moved(fastest)}"
+        if latency.speedup < 1.0:
+            words += f"; none is faster than float, {fastest.label} comes nearest ({w.faster(latency)}{more})"
+        else:
+            words += f"; {fastest.label} is the fastest ({w.faster(latency)}{more})"
     return words + "."
 
 

@@ -39,7 +39,8 @@ class Conversion:
         left (`dict[str, str]`): reason by name for each module left in float.
         layer_sqnr (`dict[str, float]`): int8 against fake-quant on equal inputs, decibels by name.
         logits_sqnr (`float`, *optional*): the same for the model's output on the parity batches.
-        error_sqnr (`dict[str, float]`): int8 weights against float weights, decibels by name.
+        error_sqnr (`dict[str, float]`): quantized weights against float weights, decibels by name.
+        schemes (`dict[str, Scheme]`): of the modules whose scheme is not the model's.
     """
 
     scheme: Scheme
@@ -48,6 +49,7 @@ class Conversion:
     layer_sqnr: dict[str, float] = field(default_factory=dict)
     logits_sqnr: float | None = None
     error_sqnr: dict[str, float] = field(default_factory=dict)
+    schemes: dict[str, Scheme] = field(default_factory=dict)
 
 
 def convert_module(
@@ -159,7 +161,7 @@ def convert_qat(
     originals = qat_modules(model)
     for name, module in originals.items():
         require_finite(name, module)
-    result = Conversion(scheme, {}, dict(selection.left))
+    result = Conversion(scheme, {}, dict(selection.left), schemes=dict(selection.schemes))
     replacements: dict[str, nn.Module] = {}
     shared: dict[int, Tensor] = {}
     for name, module in originals.items():

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..qparams import dequantize_weight, quantize_weight
-from .graph import UNSCALED, ScalingGroup, channels_of, evaluating, find_scaling_groups, tensors_of
+from .channels import UNSCALED
+from .graph import ScalingGroup, channels_of, evaluating, find_scaling_groups, tensors_of
 from .masks import batch_masks, tokens
 from .sensitivity import sqnr
 

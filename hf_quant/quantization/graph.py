@@ -11,37 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.pytorch_utils import Conv1D
 
-UNSCALED = -1  # the label of an element that no channel of the source scales
-
-_aten = torch.ops.aten
-# The same elements in another order or number; the same operation is done to the labels.
-_MOVES = {
-    _aten.transpose, _aten.permute, _aten.t, _aten.expand, _aten.squeeze, _aten.unsqueeze, _aten.slice, _aten.select,
-    _aten.split, _aten.split_with_sizes, _aten.unbind, _aten.cat, _aten.stack, _aten.repeat, _aten.roll, _aten.flip,
-    _aten.index_select,
-}  # fmt: skip
-_RESHAPES = {_aten.view, _aten.reshape, _aten._unsafe_view, _aten._reshape_alias}
-# f(x / s) = f(x) / s for positive s, element by element.
-_HOMOGENEOUS = {
-    _aten.clone, _aten.alias, _aten.detach, _aten._to_copy, _aten.relu, _aten.relu_, _aten.leaky_relu,
-    _aten.leaky_relu_, _aten.neg,
-}  # fmt: skip
-_ATTENTION = {
-    _aten._scaled_dot_product_flash_attention_for_cpu, _aten._scaled_dot_product_flash_attention,
-    _aten._scaled_dot_product_efficient_attention, _aten._scaled_dot_product_cudnn_attention,
-    _aten._scaled_dot_product_fused_attention_overrideable,
-}  # fmt: skip
-# These look at shape, dtype and device only.
-_SHAPE_ONLY = {
-    _aten.empty_like, _aten.zeros_like, _aten.ones_like, _aten.full_like, _aten.new_empty, _aten.new_zeros,
-    _aten.new_ones, _aten.new_full,
-}  # fmt: skip
+from .channels import UNSCALED, Channels, tensors_in
 
 
 @dataclass(frozen=True)
@@ -149,11 +123,7 @@ def tensors_of(output: Any) -> Iterator[Tensor]:
 
 
 class _Trace(TorchDispatchMode):
-    """Follows each source's channels through the operations between modules.
-
-    A tensor's labels are a dict of integer tensors of its shape, by source: the channel that scales each element.
-    Labels go when their tensor goes, so a reused address is no danger and memory is freed as the model frees it.
-    """
+    """Watches norms and Linear-like modules by hooks, and the operations between them."""
 
     def __init__(self, model: nn.Module, names: Collection[str]) -> None:
         super().__init__()
@@ -162,17 +132,16 @@ class _Trace(TorchDispatchMode):
         }
         self.selected = {name for name in names if name in self.modules and is_linear(self.modules[name])}
         self.owners: dict[int, list[str]] = defaultdict(list)
-        self.holders = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+        holders = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
         self.broken: set[str] = set()  # their own weights may not change
         for name, module in self.modules.items():
             for parameter in module.parameters(recurse=False):
                 self.owners[id(parameter)].append(name)
-                if self.holders[id(parameter)] > 1:
+                if holders[id(parameter)] > 1:
                     self.broken.add(name)
         self.runs: Counter[str] = Counter()
         self.inside = False
-        self.labels = WeakTensorKeyDictionary()
-        self.lost: dict[str, Tensor] = {}  # by source, for each channel and, last, for UNSCALED
+        self.channels = Channels()
         self.offsets: dict[str, int] = {}
         self.uses: dict[str, dict[str, Tensor]] = defaultdict(dict)
 
@@ -181,7 +150,7 @@ class _Trace(TorchDispatchMode):
         broken = self.broken | {name for name, count in self.runs.items() if count > 1}
         found: list[ScalingGroup] = []
         taken: set[str] = set()
-        for source, lost in self.lost.items():
+        for source, lost in self.channels.lost.items():
             for consumer, columns in self.uses[source].items():
                 if consumer in broken:
                     lost[columns] = True
@@ -212,17 +181,17 @@ class _Trace(TorchDispatchMode):
             if self.inside:
                 return
             self.inside = True
-            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            tensors = tensors_in((args, kwargs))
             for tensor in tensors:
-                if name not in self.selected or len(tensors) > 1:
-                    self.lose(tensor)
+                if name not in self.selected or len(tensors) > 1 or self.runs[name] > 0:
+                    self.channels.lose(tensor)
                     continue
-                for source, labels in self.labels.get(tensor, {}).items():
+                for source, labels in self.channels.of(tensor).items():
                     rows = labels.reshape(-1, labels.shape[-1])
                     if rows.shape[0] > 0 and torch.equal(rows, rows[:1].expand_as(rows)):
-                        self.uses[source][name] = rows[0]
+                        self.uses[source][name] = rows[0].to(self.channels.lost[source].device)
                     else:
-                        self._lose(source, labels)
+                        self.channels.lose_channels(source, labels)
 
         return hook
 
@@ -232,8 +201,7 @@ class _Trace(TorchDispatchMode):
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             try:
                 self.runs[name] += 1
-                channels = channels_of(module)
-                fits = isinstance(output, Tensor) and output.ndim > 0 and output.shape[-1] == channels
+                fits = isinstance(output, Tensor) and output.ndim > 0 and output.shape[-1] == channels_of(module)
                 if self.runs[name] > 1 or not fits:
                     return
                 if not is_linear(module):
@@ -241,9 +209,7 @@ class _Trace(TorchDispatchMode):
                     if offset is None:
                         return
                     self.offsets[name] = offset
-                self.lost[name] = torch.zeros(channels + 1, dtype=torch.bool, device=output.device)
-                each = torch.arange(channels, dtype=torch.int32, device=output.device)
-                self.labels[output] = {name: each.expand(output.shape)}
+                self.channels.start(name, output)
             finally:
                 self.inside = False
 
@@ -252,99 +218,16 @@ class _Trace(TorchDispatchMode):
     def returned(self, module: nn.Module, args: Any, output: Any) -> None:
         """A hook for models: what they return is read by others."""
         for tensor in tensors_of(output):
-            self.lose(tensor)
+            self.channels.lose(tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         if not self.inside:
-            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            for tensor in tensors:
+            for tensor in tensors_in((args, kwargs)):
                 self.broken.update(self.owners.get(id(tensor), ()))
-            if any(tensor in self.labels for tensor in tensors):
-                self._follow(func, args, kwargs, tensors, output)
+            self.channels.follow(func, args, kwargs, output)
         return output
-
-    def lose(self, tensor: Tensor) -> None:
-        """Note that a tensor is read in a way that a scale would change."""
-        for source, labels in self.labels.get(tensor, {}).items():
-            self._lose(source, labels)
-
-    def _lose(self, source: str, labels: Tensor) -> None:
-        self.lost[source][labels.to(self.lost[source].device)] = True
-
-    def _mark(self, tensor: Tensor, source: str, labels: Tensor) -> None:
-        if bool((labels != UNSCALED).any()):
-            self.labels[tensor] = {**self.labels.get(tensor, {}), source: labels}
-
-    def _labels_of(self, tensor: Tensor, source: str) -> Tensor:
-        known = self.labels.get(tensor, {}).get(source)
-        return (
-            torch.full((), UNSCALED, dtype=torch.int32, device=tensor.device).expand(tensor.shape)
-            if known is None
-            else known
-        )
-
-    def _follow(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], output: Any) -> None:
-        packet = func.overloadpacket
-        sources = {source for tensor in tensors for source in self.labels.get(tensor, {})}
-        if packet in _SHAPE_ONLY:
-            return
-        if packet in _MOVES:
-            for source in sources:
-                swap = tree_map_only(Tensor, lambda tensor, of=source: self._labels_of(tensor, of), (args, kwargs))
-                for tensor, labels in zip(tree_leaves(output), tree_leaves(func(*swap[0], **swap[1])), strict=True):
-                    self._mark(tensor, source, labels)
-        elif (packet in _RESHAPES and func is not _aten.view.dtype) or packet in _HOMOGENEOUS:
-            for source, labels in self.labels[args[0]].items():
-                self._mark(output, source, labels.reshape(output.shape).to(output.device))
-        elif packet in (_aten.mul, _aten.div):
-            self._scaled(packet, args, output)
-        elif packet in (_aten.bmm, _aten.mm):
-            self._product(args[0], args[1], output)
-        elif packet in _ATTENTION:
-            self._attention(args, tensors, output[0])
-        else:
-            for tensor in tensors:
-                self.lose(tensor)
-
-    def _scaled(self, packet: Any, args: Any, output: Tensor) -> None:
-        """`x * y` or `x / y`, element by element."""
-        left, right = (self.labels.get(arg, {}) if isinstance(arg, Tensor) else {} for arg in args[:2])
-        for source in [*left, *(source for source in right if source not in left)]:
-            if source in right and (source in left or packet is _aten.div):
-                for labels in (side[source] for side in (left, right) if source in side):
-                    self._lose(source, labels)
-            else:
-                self._mark(output, source, (left if source in left else right)[source].expand(output.shape))
-
-    def _product(self, left: Tensor, right: Tensor, output: Tensor) -> None:
-        """`x @ y`: a scale goes through if all elements that are summed up share it."""
-        for tensor, other, dim in ((left, right, -1), (right, left, -2)):
-            for source, labels in self.labels.get(tensor, {}).items():
-                one = labels.narrow(dim, 0, min(1, labels.shape[dim]))
-                if source in self.labels.get(other, {}) or not _repeats(labels, one):
-                    self._lose(source, labels)
-                else:
-                    self._mark(output, source, one.expand(output.shape))
-
-    def _attention(self, args: Any, tensors: list[Tensor], output: Tensor) -> None:
-        """softmax(query key^T) value, each (batch, heads, length, size): a scale of the values goes through."""
-        query, value = args[0], args[2]
-        for tensor in tensors:
-            if tensor is not value:
-                self.lose(tensor)
-        for source, labels in self.labels.get(value, {}).items():
-            one = labels[..., :1, :]
-            if value is query or value is args[1] or not _repeats(labels, one):
-                self._lose(source, labels)
-            else:  # several query heads may share one value head
-                shared = one.repeat_interleave(query.shape[-3] // labels.shape[-3], -3)
-                self._mark(output, source, shared.expand(output.shape))
-
-
-def _repeats(labels: Tensor, one: Tensor) -> bool:
-    return labels.numel() > 0 and torch.equal(labels, one.expand_as(labels))
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -15,7 +15,10 @@ from ..runtime.base import quantized_modules
 from .guard_metric import Judge
 from .guard_report import AccuracyError, GuardResult, unmet, unsteady
 from .guard_results import LayerSensitivity, TradeOff
-from .guard_search import PATIENCE, PROBES, Layers, Search, layer_sensitivity, record_batches
+from .guard_search import PATIENCE, PROBES, Layers, Search, layer_sensitivity, own_weight_sqnr, record_batches
+
+# Equalization's scales, or another model's weights, are at 2 dB and less in some layer; 3 bits are at 13.
+_MIN_WEIGHT_SQNR, _LEAST_BITS = 5.0, 3
 
 __all__ = ["AccuracyError", "GuardResult", "meet_accuracy"]
 
@@ -93,7 +96,7 @@ def meet_accuracy(
             return _result(judge, search, value, (), [], [])
         try:
             with progress_bar("Measuring sensitivity", len(layers.names), progress) as advance:
-                sqnr = layer_sensitivity(layers, float_model, recorded or seen, advance)
+                sqnr = layer_sensitivity(layers, recorded or seen, advance)
             expected = PROBES + PATIENCE + 2 * math.ceil(math.log2(len(layers.names) + 1)) + 1
             with progress_bar("Searching the fewest float layers", expected, progress) as search.progress:
                 order = _ranking(search, judge, sqnr)
@@ -223,6 +226,7 @@ def _check_models(float_model: nn.Module, quantized_model: nn.Module, donor: nn.
                 "that was quantized; load its checkpoint again if it was quantized in place."
             )
     modules = dict(donor.named_modules())
+    decibels: dict[str, float] = {}
     for name, module in quantized.items():
         weight = getattr(modules.get(name), "weight", None)
         shape = tuple(module.stored_shapes()[-1][2])
@@ -233,3 +237,12 @@ def _check_models(float_model: nn.Module, quantized_model: nn.Module, donor: nn.
                 f"{name} is quantized and has a weight of shape {expected}, but the float model has {found}. Pass the "
                 "float model that `quantized_model` was made from, or as `donor` the one that has its float layers."
             )
+        if module.stored_bits >= _LEAST_BITS:
+            decibels[name] = own_weight_sqnr(modules[name], module)
+    worst = min(decibels, key=lambda name: decibels[name], default="")
+    if worst and not decibels[worst] >= _MIN_WEIGHT_SQNR:
+        raise ValueError(
+            f"the quantized weight of {worst} is not that of the float model: they differ by {decibels[worst]:.1f} dB "
+            f"(at least {_MIN_WEIGHT_SQNR:.0f} are needed). It was made from another checkpoint, or from an equalized "
+            "model, whose layers have weights of their own. Pass the float model that was quantized as `donor`."
+        )

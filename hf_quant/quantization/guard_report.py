@@ -139,7 +139,7 @@ def _in_float(kept: Sequence[str], names: Sequence[str]) -> str:
 
 def _rounded_up(value: float) -> str:
     unit = 10.0 ** (math.floor(math.log10(value)) - 2)
-    return f"{math.ceil(value / unit) * unit:.3g}"
+    return f"{math.ceil(value / unit - 1e-9) * unit:.3g}"
 
 
 def _layers(result: GuardResult) -> Table:

@@ -24,7 +24,6 @@ PATIENCE = 8
 
 _MAX_BATCHES, _MAX_ROWS = 4, 32
 _MAX_VALUES = 2**24  # of the outputs that are held for comparison
-_MIN_DONOR_SQNR = 10.0  # another model's layers give about 0 dB, bfloat16's rounding more than 20
 
 
 class Layers:
@@ -138,7 +137,6 @@ def _is_empty_cache(value: Any) -> bool:
 @torch.no_grad()
 def layer_sensitivity(
     layers: Layers,
-    float_model: nn.Module,
     batches: Sequence[Mapping[str, Any]],
     progress: Callable[[], None] | None = None,
 ) -> list[float]:
@@ -150,22 +148,17 @@ def layer_sensitivity(
 
     Args:
         layers ([`Layers`]): of the quantized model, in eval mode; left fully quantized.
-        float_model (`torch.nn.Module`): what the layers' model must be equal to when all layers are in float.
         batches (list of `dict`): keyword arguments of `forward`.
         progress (callable, *optional*): called once for each layer.
-
-    Raises:
-        `ValueError`: if the model with all layers in float is not the float model.
     """
     result: list[float] = []
     reference: Tensor | None = None
     if batches:
         layers.put(layers.all)
         reference = _outputs(layers.model, batches)
-        _require_equal(_outputs(float_model, batches), reference)
     for index, names in enumerate(layers.names):
         if reference is None:
-            result.append(min(_weight_sqnr(layers.floats[name], layers.quantized[name]) for name in names))
+            result.append(min(own_weight_sqnr(layers.floats[name], layers.quantized[name]) for name in names))
         else:
             layers.put(layers.all - {index})
             result.append(_output_sqnr(reference, _outputs(layers.model, batches)))
@@ -186,20 +179,11 @@ def _outputs(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> Tensor:
     return torch.cat(rows)
 
 
-def _require_equal(expected: Tensor, got: Tensor) -> None:
-    decibels = _output_sqnr(expected, got) if expected.shape == got.shape else float("nan")
-    if not decibels >= _MIN_DONOR_SQNR:
-        raise ValueError(
-            f"with all its layers put back to float the quantized model gives other outputs than `float_model` "
-            f"({decibels:.1f} dB; at least {_MIN_DONOR_SQNR:.0f} are needed): it was made from other weights, or from "
-            "equalized ones, whose float layers do not fit the original's. Pass the float model that was quantized "
-            "as `donor`."
-        )
-
-
-def _weight_sqnr(module: nn.Module, quantized: QuantizedModule) -> float:
+def own_weight_sqnr(module: nn.Module, quantized: QuantizedModule) -> float:
+    """SQNR of a quantized module's weight against the float module's, in decibels."""
     weight: Tensor = module.weight.detach()  # type: ignore[operator]
-    return weight_sqnr(weight.t() if quantized.transposed else weight, quantized.integers, quantized.weight_scale)
+    integers, scale = quantized.integers.to(weight.device), quantized.weight_scale.to(weight.device)
+    return weight_sqnr(weight.t() if quantized.transposed else weight, integers, scale)
 
 
 class Search:

@@ -105,7 +105,12 @@ def mse_range(counts: Tensor, centers: Tensor, low: float, high: float) -> tuple
 
 def entropy_range(counts: Tensor, centers: Tensor, low: float, high: float) -> tuple[float, float]:
     """The range with the least Kullback-Leibler divergence after int8; arguments as in [`percentile_range`]."""
+    # Zeros (padding, ReLU, dropout) are represented exactly whatever the range; spread over a level, as all else is,
+    # so tall a spike would drown what the range is chosen for.
+    counts = torch.where(centers.abs() < 0.6 * (centers[1] - centers[0]), 0.0, counts)
     present = counts > 0
+    if not bool(present.any()):
+        return low, high
 
     def divergence(lower: float, upper: float) -> float:
         scale = max((upper - lower) / (_LEVELS - 1), 1e-30)
@@ -113,6 +118,8 @@ def entropy_range(counts: Tensor, centers: Tensor, low: float, high: float) -> t
         # What is clipped is counted at the ends of the reference distribution, and at no bin of the quantized one.
         inside = (centers >= lower - scale / 2) & (centers <= upper + scale / 2)
         ends = torch.zeros_like(counts)
+        if not bool((inside & present).any()):
+            return float("inf")
         first, last = int(inside.nonzero()[0]), int(inside.nonzero()[-1])
         ends[first], ends[last] = counts[:first].sum(), counts[last + 1 :].sum()
         reference = torch.where(inside, counts, 0.0) + ends

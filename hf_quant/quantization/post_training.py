@@ -17,8 +17,11 @@ from ..progress import progress_bar
 from ..runtime.packed import require_dense_packing
 from ..schemes import SCHEMES, Scheme, get_scheme
 from ..targets import Selection, select_modules
+from .bias_correction import correct_biases
 from .calibration import Batch, Calibration, calibration_batches
 from .convert import convert_float
+from .equalization import awq_scale
+from .equalization import equalize as equalize_activations
 from .float_models import (
     load_float,
     own_tensors,
@@ -27,6 +30,8 @@ from .float_models import (
     require_unquantized,
     shallow_copy,
 )
+from .gptq import gptq
+from .guard import meet_accuracy
 from .ranges import calibrate, require_observer
 
 logger = logging.getLogger(__name__)
@@ -131,13 +136,9 @@ def quantize(
         name: selection.scheme_of(name, scheme) for name, kind in selection.quantized.items() if kind != "embedding"
     }
     if equalize == "smoothquant":
-        from .equalization import equalize as equalize_activations
-
         equalize_activations(model, batches, list(schemes))
     elif equalize == "awq":
-        from .equalization import awq_scale
-
-        awq_scale(model, batches, schemes)
+        awq_scale(model, batches, [n for n, own in schemes.items() if own == scheme], scheme.bits, scheme.group_size)
     static = [name for name, own in schemes.items() if own.activations == "static"]
     ranges = {}
     if static:
@@ -148,20 +149,14 @@ def quantize(
     twin = shallow_copy(model) if correct_bias or max_drop is not None else None
     integers = {}
     if rounding == "gptq":
-        from .gptq import gptq
-
         with progress_bar("GPTQ", len(schemes), progress) as advance:
             integers = gptq(model, batches, schemes, progress=advance)
     with progress_bar(f"Quantizing to {scheme.name}", len(selection.quantized), progress) as advance:
         search = rounding == "mse"
         convert_float(model, scheme, selection, advance, ranges=ranges, integers=integers, search=search)
     if correct_bias and twin is not None:
-        from .bias_correction import correct_biases
-
         correct_biases(twin, model, batches, list(schemes))
     if max_drop is not None and evaluate is not None and twin is not None:
-        from .guard import meet_accuracy
-
         result = meet_accuracy(
             twin, model, evaluate, max_drop=max_drop, relative=relative, metric=metric, batches=batches or None,
             progress=progress,

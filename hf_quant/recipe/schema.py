@@ -280,13 +280,17 @@ def _own_task(data: Mapping[str, Any]) -> Task:
 
 def _check_quantization(section: dict[str, Any], training: dict[str, Any], source: Source) -> list[Problem]:
     """The scheme's name, and the order of the steps."""
-    from ..schemes import SCHEMES
+    from ..schemes import SCHEMES, Scheme, get_scheme
 
     problems: list[Problem] = []
     scheme = section.get("scheme", Quantization.scheme)
+    known: Scheme | None = None
     if isinstance(scheme, str):
-        literal = Literal[tuple(SCHEMES)]  # type: ignore[valid-type]
-        problems += check_type(scheme, literal, ("quantization", "scheme"), source)
+        try:
+            known = get_scheme(scheme)
+        except ValueError:
+            literal = Literal[tuple(SCHEMES)]  # type: ignore[valid-type]
+            problems += check_type(scheme, literal, ("quantization", "scheme"), source)
     steps = {key: section.get(key, getattr(Quantization, key)) for key in ("start_step", "freeze_step")}
     if not all(fits(value, int | float) for value in steps.values()):
         return problems
@@ -303,7 +307,7 @@ def _check_quantization(section: dict[str, Any], training: dict[str, Any], sourc
     total = total if isinstance(total, int) and total > 0 else None
     start, freeze = (_in_steps(steps[key], total) for key in ("start_step", "freeze_step"))
     comparable = total is not None or type(steps["start_step"]) is type(steps["freeze_step"])
-    static = not isinstance(scheme, str) or scheme not in SCHEMES or SCHEMES[scheme].activations == "static"
+    static = known is None or known.activations == "static"
     if static and comparable and freeze <= start:
         message = (
             f"`freeze_step` ({steps['freeze_step']}) must come after `start_step` ({steps['start_step']}): ranges are "
