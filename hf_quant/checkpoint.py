@@ -67,7 +67,7 @@ def save_quantized(
         )
     require_free_folder(path, overwrite)
     with whole_folder(path) as beside:
-        type(model).save_pretrained(model, beside, **kwargs)
+        type(model).save_pretrained(model, beside, **{**_names_as_in_memory(model), **kwargs})
         if processing_class is not None:
             processing_class.save_pretrained(beside)
 
@@ -94,7 +94,7 @@ def load_quantized(
     if os.path.isdir(path):
         require_sound_folder(path)
     hub: dict[str, Any] = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
-    config = AutoConfig.from_pretrained(path, trust_remote_code=kwargs.get("trust_remote_code"), **hub)
+    config = load_config(path, auto_class, trust_remote_code=kwargs.get("trust_remote_code"), **hub)
     layout = getattr(config, "quantization_config", None)
     if not isinstance(layout, dict) or layout.get("quant_method") != QUANT_METHOD:
         found = layout.get("quant_method") if isinstance(layout, dict) else None
@@ -129,6 +129,14 @@ def load_quantized(
     model.register_load_state_dict_pre_hook(refuse_float_weights)
     _save_whole(model)
     return model
+
+
+def load_config(path: str, auto_class: type[Any] | None, **options: Any) -> Any:
+    """The config of a checkpoint; that of a model class of the user's own is found through the class."""
+    own = getattr(auto_class, "config_class", None)
+    if own is not None:
+        return own.from_pretrained(path, **{key: value for key, value in options.items() if value is not None})
+    return AutoConfig.from_pretrained(path, **options)
 
 
 def is_quantized_folder(path: str | os.PathLike[str]) -> bool:
@@ -266,6 +274,18 @@ def _require_int8_weights(folder: Path) -> None:
             )
 
 
+def _names_as_in_memory(model: PreTrainedModel) -> dict[str, Any]:
+    """For mixtures of experts: transformers would split fused experts into one matrix an expert, as they once were.
+
+    The layout's reader takes those for Linear layers that it has to decompress.
+    """
+    fused = any(
+        "Expert" in type(module).__name__ and any(p.ndim == 3 for p in module.parameters(recurse=False))
+        for module in model.modules()
+    )
+    return {"save_original_format": False} if fused else {}
+
+
 def _save_whole(model: PreTrainedModel) -> None:
     """Let the model's own `save_pretrained` write beside and move, as [`save_quantized`] does."""
     model.save_pretrained = types.MethodType(_save_pretrained, model)
@@ -273,6 +293,7 @@ def _save_whole(model: PreTrainedModel) -> None:
 
 def _save_pretrained(self: PreTrainedModel, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
     upstream = type(self).save_pretrained
+    kwargs = {**_names_as_in_memory(self), **kwargs}
     if not kwargs.get("is_main_process", True) or kwargs.get("push_to_hub") or os.path.isfile(save_directory):
         upstream(self, save_directory, **kwargs)
         return

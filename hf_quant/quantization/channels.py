@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,11 +18,11 @@ _MOVES = {
     _aten.transpose, _aten.permute, _aten.t, _aten.expand, _aten.squeeze, _aten.unsqueeze, _aten.slice, _aten.select,
     _aten.split, _aten.split_with_sizes, _aten.unbind, _aten.cat, _aten.stack, _aten.repeat, _aten.roll, _aten.flip,
 }  # fmt: skip
-_RESHAPES = {_aten.view, _aten.reshape, _aten._unsafe_view, _aten._reshape_alias}
-# f(x / s) = f(x) / s for positive s, element by element.
-_HOMOGENEOUS = {
-    _aten.clone, _aten.alias, _aten.detach, _aten._to_copy, _aten.relu, _aten.relu_, _aten.leaky_relu,
-    _aten.leaky_relu_, _aten.neg,
+# f(x / s) = f(x) / s for positive s, element by element and in the same order.
+_IN_PLACE = {_aten.relu_, _aten.leaky_relu_}
+_SAME = _IN_PLACE | {
+    _aten.view, _aten.reshape, _aten._unsafe_view, _aten._reshape_alias, _aten.clone, _aten.alias, _aten.detach,
+    _aten._to_copy, _aten.relu, _aten.leaky_relu, _aten.neg,
 }  # fmt: skip
 _ATTENTION = {
     _aten._scaled_dot_product_flash_attention_for_cpu, _aten._scaled_dot_product_flash_attention,
@@ -81,18 +82,20 @@ class Channels:
         if not any(tensor in self.labels for tensor in tensors):
             return
         packet = func.overloadpacket
-        sources = {source for tensor in tensors for source in self.of(tensor)}
         if packet in _SHAPE_ONLY:
             return
-        if packet in _MOVES:
-            for source in sources:
-                swap = tree_map_only(Tensor, lambda tensor, of=source: self._or_unscaled(tensor, of), (args, kwargs))
+        if func._schema.is_mutable and packet not in _IN_PLACE:
+            for tensor in tensors:
+                self.lose(tensor)
+        elif packet in _MOVES:
+            for source in {source for tensor in tensors for source in self.of(tensor)}:
+                swap = tree_map_only(Tensor, partial(self._or_unscaled, source=source), (args, kwargs))
                 for tensor, labels in zip(tree_leaves(output), tree_leaves(func(*swap[0], **swap[1])), strict=True):
                     self._mark(tensor, source, labels)
-        elif (packet in _RESHAPES and func is not _aten.view.dtype) or packet in _HOMOGENEOUS:
+        elif packet in _SAME and func is not _aten.view.dtype and output.is_floating_point():
             for source, labels in self.of(args[0]).items():
                 self._mark(output, source, labels.reshape(output.shape).to(output.device))
-        elif packet in (_aten.mul, _aten.div):
+        elif packet in (_aten.mul, _aten.div) and not kwargs:
             self._scaled(packet, args, output)
         elif packet in (_aten.bmm, _aten.mm):
             self._product(args[0], args[1], output)

@@ -20,8 +20,9 @@ from .sensitivity import sqnr
 logger = logging.getLogger(__name__)
 
 _TRACED = 4  # batches in which a group must show, so that a branch that some of them take is seen
+_COMPARED = 2**20  # values of each output
 _LIMIT = 2.0**10  # scales beyond this, or below its inverse, serve nothing and cost half precision its digits
-_SAMPLED = 512  # tokens of a group
+_SAMPLED = 256  # tokens of a group: enough to choose one exponent
 
 
 def equalize(
@@ -54,6 +55,8 @@ def equalize(
     seen = _watch(model, batches, groups, lambda rows: rows.abs().amax(0).float())
     plan = {}
     for group in groups:
+        if not all(seen[name] for name in group.consumers):
+            continue  # padding was all that it saw
         layers = [model.get_submodule(name) for name in group.consumers]
         weights = _by_channel(model, group, [rows_of(layer).abs().amax(0).float() for layer in layers], "amax")
         inputs = _by_channel(model, group, [torch.stack(seen[name]).amax(0) for name in group.consumers], "amax")
@@ -73,7 +76,7 @@ def awq_scale(
 
     `s_j = mean|X_j|^a`, divided by the geometric mean of the largest and the smallest, with the a in [0, 1) that has
     the least `sum ||(Q(W diag(s)) diag(s)^-1 - W) X||^2` over the layers that read the channels (Lin et al., 2023,
-    "AWQ", eq. 4 and 5) on at most 512 tokens. a = 0 is among the candidates: no group is worse off, by that measure.
+    "AWQ", eq. 4 and 5) on 256 tokens. a = 0 is among the candidates: no group is worse off, by that measure.
 
     Args:
         model (`torch.nn.Module`): the float model; changed, and kept from changes of its function, as in [`equalize`].
@@ -94,10 +97,10 @@ def awq_scale(
         raise ValueError(f"grid is {grid}, but at least one candidate must be tried. 20 is usual.")
     groups = _groups(model, batches, names)
     for name in (name for group in groups for name in group.consumers):
-        inputs = rows_of(model.get_submodule(name)).shape[1]
-        if group_size is not None and inputs % group_size:
+        width = rows_of(model.get_submodule(name)).shape[1]
+        if group_size is not None and width % group_size:
             raise ValueError(
-                f"{name} has {inputs} inputs, which groups of {group_size} do not divide. Leave it out of `names`, "
+                f"{name} has {width} inputs, which groups of {group_size} do not divide. Leave it out of `names`, "
                 "or choose another group size."
             )
     share = -(-_SAMPLED // len(batches))
@@ -109,6 +112,8 @@ def awq_scale(
     seen = _watch(model, batches, groups, sample)
     plan = {}
     for group in groups:
+        if not all(seen[name] for name in group.consumers):
+            continue  # padding was all that it saw
         inputs = [torch.cat(seen[name])[:_SAMPLED].float() for name in group.consumers]
         size = _by_channel(model, group, [rows.abs().mean(0) for rows in inputs], "mean")
         layers = [model.get_submodule(name) for name in group.consumers]
@@ -155,14 +160,13 @@ def scale_group(model: nn.Module, group: ScalingGroup, scales: Tensor) -> None:
         named[index[index != UNSCALED]] = True
     scales = torch.where(named, scales, 1.0)
     along = scales if isinstance(source, Conv1D) or group.kind == "norm" else scales.unsqueeze(1)
-    _replace(source, "weight", lambda weight: (weight + group.offset) / along - group.offset)
+    _replace(source, "weight", lambda weight: (weight + group.offset) / along.to(weight.device) - group.offset)
     if source._parameters.get("bias") is not None:
-        _replace(source, "bias", lambda bias: bias / scales)
+        _replace(source, "bias", lambda bias: bias / scales.to(bias.device))
     for name, columns in zip(group.consumers, group.columns, strict=True):
         consumer = model.get_submodule(name)
         factors = _factors(scales, columns)
-        along = factors.unsqueeze(1) if isinstance(consumer, Conv1D) else factors
-        _replace(consumer, "weight", lambda weight, along=along: weight * along)
+        _multiply(consumer, factors.unsqueeze(1) if isinstance(consumer, Conv1D) else factors)
 
 
 def rows_of(module: nn.Module) -> Tensor:
@@ -174,8 +178,12 @@ def rows_of(module: nn.Module) -> Tensor:
 def _replace(module: nn.Module, name: str, change: Callable[[Tensor], Tensor]) -> None:
     old = module._parameters[name]
     assert old is not None
-    new = change(old.detach().float()).to(old.dtype)
+    new = change(old.detach().to(torch.promote_types(old.dtype, torch.float32))).to(old.dtype)
     module._parameters[name] = nn.Parameter(new, requires_grad=old.requires_grad)
+
+
+def _multiply(module: nn.Module, factors: Tensor) -> None:
+    _replace(module, "weight", lambda weight: weight * factors.to(weight.device))
 
 
 def _factors(scales: Tensor, columns: Sequence[int]) -> Tensor:
@@ -285,8 +293,10 @@ def _apply(model: nn.Module, batch: Mapping[str, Any], plan: Mapping[ScalingGrou
 
 
 def _outputs(model: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
+    """The outputs' floats; of large ones, such as logits over a vocabulary, an even sample."""
     with evaluating(model):
-        return [tensor for tensor in tensors_of(model(**batch)) if tensor.is_floating_point()]
+        found = [tensor for tensor in tensors_of(model(**batch)) if tensor.is_floating_point()]
+    return [tensor.reshape(-1)[:: 1 + tensor.numel() // _COMPARED].clone() for tensor in found]
 
 
 def _unchanged(expected: Sequence[Tensor], got: Sequence[Tensor], least: float) -> bool:

@@ -7,9 +7,9 @@ import os
 from typing import Any
 
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ..checkpoint import architecture, require_sound_folder
+from ..checkpoint import architecture, load_config, require_sound_folder
 from ..runtime.base import QuantizedModule, quantized_modules
 from .qat import qat_modules
 
@@ -24,7 +24,7 @@ def load_float(path: str | os.PathLike[str], auto_class: type[Any] | None = None
     if os.path.isdir(path):
         require_sound_folder(path)
     hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in kwargs}
-    config = AutoConfig.from_pretrained(path, trust_remote_code=kwargs.get("trust_remote_code"), **hub)
+    config = load_config(path, auto_class, trust_remote_code=kwargs.get("trust_remote_code"), **hub)
     method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
     if method is not None:
         raise ValueError(

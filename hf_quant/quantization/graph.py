@@ -262,8 +262,9 @@ def _run_with(module: nn.Module, weight: Tensor, args: Any, kwargs: Any) -> Tens
     """The output with another weight and no bias; hooks do not run."""
     own = dict(module._parameters)
     module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
-    if own.get("bias") is not None:
-        module._parameters["bias"] = nn.Parameter(torch.zeros_like(own["bias"]), requires_grad=False)
+    bias = own.get("bias")
+    if bias is not None:
+        module._parameters["bias"] = nn.Parameter(torch.zeros_like(bias), requires_grad=False)
     try:
         return module.forward(*args, **kwargs)
     finally:

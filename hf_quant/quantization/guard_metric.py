@@ -79,9 +79,8 @@ class Judge:
     def _call(self, model: nn.Module) -> tuple[str, float]:
         self.calls += 1
         model.eval()
-        # The same random draws for each model, and the caller's are not disturbed.
+        # The same random draws for each model, and the caller's go on from where they were.
         with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(0)
             returned = self.evaluate(model)
         name, value = _pick(returned, self.metric)
         if hasattr(value, "item") and math.prod(value.shape) == 1:  # of numpy or torch

@@ -197,9 +197,9 @@ def test_subclasses_and_odd_weights_are_left_with_the_reason() -> None:
     selection = select_modules(model)
     assert set(selection.quantized) == {"plain"}
     assert selection.left == {
-        "scaled": "Scaled has a forward of its own",
+        "scaled": "Scaled is no plain Linear",
         "clipped": "renormalizes its weight at each forward (max_norm)",
         "empty": "its weight is empty",
         "attention": "MultiheadAttention holds its weight outside of a Linear, Conv1D or Embedding",
-        "attention.out_proj": "NonDynamicallyQuantizableLinear has a forward of its own",
+        "attention.out_proj": "NonDynamicallyQuantizableLinear is no plain Linear",
     }
