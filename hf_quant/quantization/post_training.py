@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ from .calibration import Batch, Calibration, calibration_batches
 from .convert import convert_float
 from .equalization import awq_scale
 from .equalization import equalize as equalize_activations
+from .float8 import FLOAT8, float8_dynamic_config, quantize_float8, require_float8
 from .float_models import (
     load_float,
     own_tensors,
@@ -72,7 +74,8 @@ def quantize(
 
     Args:
         model (`PreTrainedModel` or `str`): the model, or its folder or hub id.
-        scheme (`str`, *optional*, defaults to `"int8_dynamic"`): see [`get_scheme`].
+        scheme (`str`, *optional*, defaults to `"int8_dynamic"`): see [`get_scheme`]; or `"float8_dynamic"`, on GPUs
+            that multiply float8, through torchao and in its format.
         calibration ([`Calibration`] or its `data`, *optional*): needed by static schemes, `rounding="gptq"`,
             `equalize` and `correct_bias`.
         targets (list of `str`, *optional*): patterns of modules to quantize; see [`select_modules`].
@@ -108,7 +111,8 @@ def quantize(
             quantizable module or one that is quantized already, NaN in weights or activations.
         [`AccuracyError`]: if `max_drop` cannot be met; it says the best that was found.
     """
-    scheme = get_scheme(scheme)
+    float8 = scheme == FLOAT8
+    scheme = get_scheme("int8_weight_only" if float8 else scheme)  # float8 takes the same layers
     _check_options(scheme, calibration, overrides, rounding, equalize, correct_bias, observer, max_drop, evaluate)
     if isinstance(model, (str, os.PathLike)):
         model, inplace = load_float(model, auto_class, **kwargs), True
@@ -120,6 +124,12 @@ def quantize(
     require_unquantized(model)
     require_merged_adapters(model)
     require_device(model)
+    if float8:
+        require_float8(model)
+        _refuse_with_float8(calibration=calibration, overrides=overrides, max_drop=max_drop, rounding=rounding)
+        model = model if inplace else copy.deepcopy(model)
+        quantize_float8(model, select_modules(model, targets, ignore, False), float8_dynamic_config())
+        return model.eval()
     selection = select_modules(model, targets, ignore, embeddings, scheme, overrides)
     for name in selection.quantized:
         require_dense_packing(selection.scheme_of(name, scheme).bits)
@@ -189,8 +199,8 @@ def quantize_dynamic(
     Raises:
         `ValueError`: as [`quantize`] does, and for a static scheme.
     """
-    scheme = get_scheme(scheme)
-    if scheme.activations == "static":
+    scheme = scheme if scheme == FLOAT8 else get_scheme(scheme)
+    if isinstance(scheme, Scheme) and scheme.activations == "static":
         others = ", ".join(name for name, other in SCHEMES.items() if other.activations != "static")
         raise ValueError(
             f"scheme {scheme.name!r} needs observed activation ranges, which quantize_dynamic has no data for. "
@@ -273,6 +283,14 @@ def _check_options(
         raise ValueError(
             f"{', '.join(wanting)} needs `calibration`: a list of texts, a data set, a DataLoader or a Trainer, about "
             "128 samples."
+        )
+
+
+def _refuse_with_float8(**options: Any) -> None:
+    given = [name for name, value in options.items() if value not in (None, "nearest")]
+    if given:
+        raise ValueError(
+            f"{', '.join(given)} cannot go with scheme {FLOAT8!r}, which torchao carries out. Leave it out."
         )
 
 

@@ -139,6 +139,7 @@ COMMUTE: dict[str, tuple[Callable[[Tensor], Any], int]] = {
     "repeated": (lambda x: x.repeat_interleave(2, -1), 24),
     "heads": (lambda x: x.view(2, 3, 4, 3).transpose(1, 2).reshape(2, 4, 3, 3).permute(0, 2, 1, 3).flatten(2), 12),
     "rolled along the tokens": (lambda x: x.roll(1, 1), 12),
+    "tokens side by side": (lambda x: x.reshape(2, 36)[:, ::3], 12),
     "one token": (lambda x: x[:, 0], 12),
     "mixed tokens": (lambda x: MIX @ x, 12),
     "mixed tokens, by einsum": (lambda x: torch.einsum("bqk,bkd->bqd", MIX.expand(2, 3, 3), x), 12),
@@ -158,8 +159,7 @@ DO_NOT: dict[str, Callable[[Tensor], Any]] = {
     "rounded quotient": lambda x: torch.div(x, 0.1, rounding_mode="floor"),
     "integers": lambda x: (x * 100).long().float(),
     "mixed channels": lambda x: x @ torch.ones(12, 12),
-    "channels as tokens": lambda x: x.view(2, 12, 3).reshape(2, 3, 12),
-    "tokens as channels": lambda x: x.reshape(2, 36)[:, ::3],
+    "channels as tokens": lambda x: x.mT.reshape(2, 3, 12),
     "query": lambda x: F.scaled_dot_product_attention(x[:, None], OTHER[None], OTHER[None])[:, 0],
     "all of attention": lambda x: F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])[:, 0],
     "norm": lambda x: F.layer_norm(x, (12,)),
@@ -286,7 +286,7 @@ def test_how_a_norm_depends_on_its_weight_is_tried_out(kind: Any, offset: int | 
     with torch.no_grad():
         model[0].weight.copy_(torch.linspace(-1, 2, 8))  # type: ignore[operator]
     before = copy.deepcopy(model.state_dict())
-    groups = find_scaling_groups(model, {"input": torch.randn(4, 3, 8)}, ["1"])
+    groups = find_scaling_groups(model, {"input": torch.randn(12, 8)}, ["1"])
     assert [group.offset for group in groups] == ([] if offset is None else [offset])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
