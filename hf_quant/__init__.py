@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .checkpoint import load_quantized, save_quantized
     from .evaluation.compare import compare
     from .quantization.calibration import Calibration
+    from .quantization.guard import AccuracyError, meet_accuracy
     from .quantization.post_training import quantize, quantize_dynamic, quantize_static
     from .recipe.schema import Recipe
 
@@ -23,6 +24,8 @@ _HOME_OF = {
     "Recipe": ".recipe.schema",
     "compare": ".evaluation.compare",
     "load_quantized": ".checkpoint",
+    "AccuracyError": ".quantization.guard",
+    "meet_accuracy": ".quantization.guard",
     "quantize": ".quantization.post_training",
     "quantize_dynamic": ".quantization.post_training",
     "quantize_static": ".quantization.post_training",
@@ -35,6 +38,8 @@ __all__ = [  # noqa: RUF022 - in the order in which a user meets them
     "quantize_static",
     "quantize",
     "Calibration",
+    "meet_accuracy",
+    "AccuracyError",
     "save_quantized",
     "load_quantized",
     "compare",

@@ -16,7 +16,7 @@ from ..runtime.packed import PackedLinear
 from ..schemes import Scheme
 from ..targets import Kind, Selection, replace_module, require_finite
 from .qat import QATConv1D, QATEmbedding, QATLinear, QATState, qat_modules
-from .sensitivity import sqnr, weight_sqnr
+from .sensitivity import first_output, output_sqnr, sqnr, weight_sqnr
 
 # Fake-quant and int8 differ by the rounding of float32 sums only: about 100 dB for one layer on equal inputs. A
 # wrong scale or zero point gives 40 dB at the very most.
@@ -199,14 +199,14 @@ def convert_qat(
         pairs = {name: (originals[name], replacements[name]) for name in result.quantized}
         # By the reference kernel: training may have multiplied integers already, which would prove nothing.
         with use_kernel("reference"), _LayerParity(pairs) as parity:
-            expected = [_first_output(model, batch) for batch in batches]
+            expected = [first_output(model, batch) for batch in batches]
         result.layer_sqnr = parity.check()
         for name in result.quantized:
             replace_module(model, name, replacements[name])
         # A kernel that packs no weights, for the same reason.
         device = next(iter(originals.values())).weight.device
         with use_kernel("int_mm" if int_mm_is_exact(device) else None):
-            got = [_first_output(model, batch) for batch in batches]
+            got = [first_output(model, batch) for batch in batches]
         result.logits_sqnr = _check_logits(expected, got, result.layer_sqnr)
     except BaseException:
         for name, module in originals.items():
@@ -293,7 +293,7 @@ class _LayerParity:
 def _check_logits(expected: list[Tensor], got: list[Tensor], layers: Mapping[str, float]) -> float | None:
     if not expected:
         return None
-    decibels = min(_output_sqnr(before, after) for before, after in zip(expected, got, strict=True))
+    decibels = min(output_sqnr(before, after) for before, after in zip(expected, got, strict=True))
     if not decibels >= MIN_LOGITS_SQNR:
         worst = min(layers, key=lambda name: layers[name]) if layers else "none"
         raise ParityError(
@@ -302,27 +302,6 @@ def _check_logits(expected: list[Tensor], got: list[Tensor], layers: Mapping[str
             f"Put {worst!r} into `ignore`, or report this with your torch version."
         )
     return decibels
-
-
-def _output_sqnr(expected: Tensor, got: Tensor) -> float:
-    """SQNR without the entries that a model masks, with infinity or with the smallest number there is."""
-    masked = ~expected.isfinite() | (expected.abs() > 1e30)
-    if not torch.equal(masked, ~got.isfinite() | (got.abs() > 1e30)):
-        return float("nan")
-    return sqnr(expected[~masked], got[~masked])
-
-
-def _first_output(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """Logits, or whatever float tensor the model returns first after its loss."""
-    # Some models draw random numbers in eval mode too (ViTMAE's masks); and a proof must not disturb later draws.
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        output = model(**batch)
-    values = list(output.values()) if hasattr(output, "values") else output
-    values = [values] if isinstance(values, Tensor) else list(values)
-    tensors = [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
-    with_axes = [value for value in tensors if value.ndim > 0]
-    return (with_axes or tensors)[0].float()
 
 
 def _weight_sqnr(module: nn.Module, new: QuantizedModule) -> float:

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from ..runtime.base import QuantizedModule, quantized_modules
 from ..targets import replace_module
-from .convert import _first_output, _output_sqnr
 from .masks import batch_masks, tokens
-from .sensitivity import weight_sqnr
+from .sensitivity import first_output, output_sqnr, weight_sqnr
 
 # Layers whose own effect on the metric is measured, each with one evaluation: the most sensitive ones.
 PROBES = 8
@@ -161,7 +160,7 @@ def layer_sensitivity(
             result.append(min(own_weight_sqnr(layers.floats[name], layers.quantized[name]) for name in names))
         else:
             layers.put(layers.all - {index})
-            result.append(_output_sqnr(reference, _outputs(layers.model, batches)))
+            result.append(output_sqnr(reference, _outputs(layers.model, batches)))
         if progress is not None:
             progress()
     layers.put(())
@@ -174,7 +173,7 @@ def _outputs(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> Tensor:
     rows: list[Tensor] = []
     for batch in batches:
         batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-        output = tokens(torch.atleast_1d(_first_output(model, batch)), batch_masks(batch))
+        output = tokens(torch.atleast_1d(first_output(model, batch)), batch_masks(batch))
         rows.append(output[:: 1 + len(batches) * output.numel() // _MAX_VALUES].flatten().cpu())
     return torch.cat(rows)
 

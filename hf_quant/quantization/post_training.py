@@ -168,7 +168,7 @@ def quantize(
         correct_biases(twin, model, batches, list(schemes))
     if max_drop is not None and evaluate is not None and twin is not None:
         result = meet_accuracy(
-            twin, model, evaluate, max_drop=max_drop, relative=relative, metric=metric, batches=batches or None,
+            twin, model, evaluate, max_drop=max_drop, relative=relative, metric=metric, batches=batches[:4] or None,
             progress=progress,
         )  # fmt: skip
         if progress:

@@ -190,7 +190,7 @@ def test_what_two_bits_cannot_do_is_said() -> None:
 
 @pytest.mark.real
 @pytest.mark.timeout(3600)
-def test_mrpc_with_few_bits_keeps_its_accuracy() -> None:
+def test_mrpc_in_few_bits_keeps_its_accuracy() -> None:
     """Figures are printed: `pytest -m real -s tests/integration/test_guard.py`."""
     if not MRPC_MODEL.is_dir() or not MRPC_ROWS.is_file():
         pytest.skip("no float MRPC model in build/glue/mrpc/float, or no GLUE files beside this checkout")
@@ -216,7 +216,7 @@ def test_mrpc_with_few_bits_keeps_its_accuracy() -> None:
             ]
             return {"accuracy": sum(right) / len(rows)}
 
-        for scheme, max_drop in (("int4_weight_only", 0.0025), ("int3_weight_only", 0.01)):
+        for scheme, max_drop in (("int4_weight_only", 0.0), ("int2_weight_only", 0.01)):
             quantized = quantize_dynamic(model, scheme, progress=False)
             before = accuracy(quantized)["accuracy"]
             result = meet_accuracy(model, quantized, accuracy, max_drop=max_drop)
@@ -224,7 +224,7 @@ def test_mrpc_with_few_bits_keeps_its_accuracy() -> None:
             print(json.dumps({"scheme": scheme, "before": before, "after": result.value, "kept": len(result.kept)}))
             assert result.float_value > 0.75, "the float model has learned"
             assert accuracy(quantized)["accuracy"] == result.value >= result.float_value - max_drop - 1e-9
-            assert len(result.kept) <= result.layers // 2
+            assert len(result.kept) < result.layers
             assert result.evaluations <= 2 + 8 + 14 + result.layers
     finally:
         torch.set_num_threads(threads)

@@ -162,12 +162,14 @@ def test_first_call_counts_and_dtype_stays() -> None:
     quantized = quantized_copy(model, "int4_weight_only")
     x = torch.rand(40, 32).bfloat16()
     ticks: list[int] = []
-    twice = correct_biases(model, quantized, [{"x": x, "twice": True}], ["first"], lambda: ticks.append(1))
-    assert len(ticks) == 1
+    names = ["first", "second"]
+    twice = correct_biases(model, quantized, [{"x": x, "twice": True}], names, lambda: ticks.append(1))
+    assert len(ticks) == 2
     assert quantized.first.bias.dtype == torch.bfloat16
     assert twice["first"].dtype == torch.float32
-    once = correct_biases(model, quantized_copy(model, "int4_weight_only"), [{"x": x}], ["first"])
+    once = correct_biases(model, quantized_copy(model, "int4_weight_only"), [{"x": x}], names)
     assert torch.equal(once["first"], twice["first"])
+    assert not torch.equal(once["second"], twice["second"])
 
 
 def test_tensors_of_others_are_not_written_to() -> None:

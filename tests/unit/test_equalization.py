@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import math
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -19,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_quant.qparams import calculate_qparams, dequantize, dequantize_weight, quantize, quantize_weight
 from hf_quant.quantization.equalization import awq_scale, equalize, rows_of, scale_group
 from hf_quant.quantization.float_models import shallow_copy
-from hf_quant.quantization.graph import find_scaling_groups
+from hf_quant.quantization.graph import ScalingGroup, find_scaling_groups
 from hf_quant.quantization.sensitivity import sqnr
 from hf_quant.targets import select_modules
 from tests.tiny import Sentences, tiny_gpt2, tiny_llama
@@ -87,7 +88,16 @@ def batches(count: int = 16, seed: int = 3) -> list[dict[str, Tensor]]:
     ]
 
 
+@functools.cache
+def example(species: str, source: str) -> tuple[Any, dict[str, Tensor], ScalingGroup]:
+    model = build(species)
+    batch = batch_for(species, model)
+    [group] = [group for group in find_scaling_groups(model, batch, names_of(model)) if group.source == source]
+    return model, batch, group
+
+
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "norm", "gemma"])
+@settings(max_examples=10)
 @given(exponents=st.lists(st.floats(-6, 6), min_size=32, max_size=32))
 def test_any_scales_leave_the_function_as_it_was(kind: str, exponents: list[float]) -> None:
     species, source = {
@@ -96,9 +106,8 @@ def test_any_scales_leave_the_function_as_it_was(kind: str, exponents: list[floa
         "norm": ("gpt2", "transformer.h.0.ln_1"),
         "gemma": ("gemma", "model.layers.0.input_layernorm"),
     }[kind]
-    model = build(species)
-    batch = batch_for(species, model)
-    [group] = [group for group in find_scaling_groups(model, batch, names_of(model)) if group.source == source]
+    original, batch, group = example(species, source)
+    model = shallow_copy(original)
     channels = {"linear": 64, "conv1d": 96}.get(kind, 32)
     scales = torch.tensor(exponents).exp2().repeat(3)[:channels]
     before, weight = outputs(model, batch)["logits"], model.get_submodule(source).weight
@@ -175,7 +184,8 @@ def test_channels_in_which_nothing_runs_keep_their_scale() -> None:
         model[2].weight[:, 5] = 0  # type: ignore[index]
     batch = {"input": torch.randn(9, 6)}
     scales = equalize(copy.deepcopy(model), [batch], ["2"])["0"]
-    assert scales[2] == scales[5] == 1 and torch.isfinite(scales).all()
+    assert scales[2] == scales[5] == 1
+    assert torch.isfinite(scales).all()
     assert awq_scale(copy.deepcopy(model), [batch], ["2"], 3, None)["0"][2] == 1
 
 
@@ -210,33 +220,29 @@ def test_a_float_model_that_shares_its_tensors_stays_as_it_was() -> None:
 
 
 class Sly(nn.Module):
-    """Reads a weight where no dispatcher sees it."""
+    """Depends on a weight in a way that no operation shows."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(4)).requires_grad_(False)
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(4))
+        self.known = [self.layers[2].weight]
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.layers[1](self.layers[0](x)).tanh()
         hidden = self.layers[3](self.layers[2](hidden).relu())
-        return hidden * float(self.layers[2].weight.numpy().sum())  # type: ignore[operator,no-any-return]
+        return hidden if self.layers[2].weight is self.known[0] else 1.01 * hidden  # type: ignore[no-any-return]
 
 
 def test_a_group_that_changes_the_outputs_is_put_back_and_named(caplog: pytest.LogCaptureFixture) -> None:
     names, batch = [f"layers.{index}" for index in range(4)], {"x": torch.randn(5, 6)}
-    for run in (
-        lambda model: equalize(model, [batch], names),
-        lambda model: awq_scale(model, [batch], names, 2, None),
-    ):
-        model = Sly()
-        expected, kept = model(**batch), dict(model.layers[2].named_parameters())
-        caplog.clear()
-        with caplog.at_level(logging.WARNING):
-            assert list(run(model)) == ["layers.0"]  # type: ignore[no-untyped-call]
-        assert "layers.2 changed the outputs of Sly when scaled, and was put back" in caplog.text
-        assert sqnr(expected, model(**batch)) > 100
-        assert all(parameter is kept[name] for name, parameter in model.layers[2].named_parameters())
+    model = Sly()
+    expected, kept = model(**batch), dict(model.layers[2].named_parameters())
+    with caplog.at_level(logging.WARNING):
+        assert list(equalize(model, [batch], names)) == ["layers.0"]
+    assert "layers.2 changed the outputs of Sly when scaled, and was put back" in caplog.text
+    assert sqnr(expected, model(**batch)) > 100
+    assert all(parameter is kept[name] for name, parameter in model.layers[2].named_parameters())
 
 
 class Moody(nn.Module):
@@ -343,24 +349,26 @@ def test_awq_loses_less_than_rounding_in_the_layers_that_it_scales() -> None:
 
 
 def test_awq_is_never_worse_than_rounding_on_its_own_tokens() -> None:
+    scaled = 0
     for species in ("llama", "gpt2", "opt"):
         model = build(species)
-        batch, names = batch_for(species, model), names_of(model)
-        groups = find_scaling_groups(model, batch, names)
-        twin: Any = shallow_copy(model)
-        scales = awq_scale(twin, [batch], names, 3, None, grid=8)
-        mask = batch["attention_mask"].bool()
-        for group in groups:
-            errors = [0.0, 0.0]
-            for index, candidate in enumerate((model, twin)):
+        batch = batch_for(species, model)
+        for group in find_scaling_groups(model, batch, names_of(model)):
+            twin: Any = shallow_copy(model)
+            scales = awq_scale(twin, [batch], group.consumers, 3, None, grid=8)
+            errors = []
+            for candidate in (model, twin):
                 values = inputs_of(candidate, group.consumers, batch)
+                error = 0.0
                 for name in group.consumers:
                     weight = rows_of(candidate.get_submodule(name)).contiguous()
                     rounding = dequantize_weight(*quantize_weight(weight, 3, None)) - weight
-                    rows = values[name] if values[name].ndim == 2 else values[name][mask]
-                    errors[index] += float((rows @ rounding.T).square().sum())
-            assert errors[1] <= 1.001 * errors[0]
-            assert (errors[1] < 0.9999 * errors[0]) == (group.source in scales)
+                    rows = values[name] if values[name].ndim == 2 else values[name][batch["attention_mask"].bool()]
+                    error += float((rows @ rounding.T).square().sum())
+                errors.append(error)
+            assert errors[1] < errors[0] if scales else errors[1] == errors[0]
+            scaled += len(scales)
+    assert scaled > 10
 
 
 @pytest.mark.real

@@ -125,6 +125,22 @@ def test_the_model_and_random_numbers_are_as_before() -> None:
     assert model.config.use_cache
 
 
+def test_every_pass_draws_the_same_random_numbers() -> None:
+    model, seen = Guarded(), list[Tensor]()
+    model.layer.forward = torch.rand_like  # type: ignore[assignment]
+    for _ in range(2):
+        one_pass(model, {"x": torch.ones(2, 4)}, ["head"], lambda name, module, values: seen.append(values))
+        torch.rand(1)  # somebody else's
+    assert torch.equal(seen[0], seen[1])
+
+
+def test_a_module_with_two_names_counts_under_the_first() -> None:
+    model, seen = Guarded(), list[str]()
+    model.head = model.layer
+    one_pass(model, {"x": torch.ones(2, 4)}, ["layer", "head"], lambda name, module, values: seen.append(name))
+    assert seen == ["layer", "layer"]
+
+
 def test_no_cache_of_keys_and_values_is_made() -> None:
     model, kept = tiny_llama(), list[Any]()
     model.model.register_forward_hook(lambda module, args, output: kept.append(output.past_key_values))
