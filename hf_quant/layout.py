@@ -25,9 +25,15 @@ CONV1D_FORMAT = "int8 Conv1D: use hf_quant.load_quantized"
 PACKED_CONV1D_FORMAT = "packed Conv1D: use hf_quant.load_quantized"
 
 _ESSENCE = ("num_bits", "type", "symmetric", "strategy", "group_size", "dynamic")
-_DYNAMIC = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+_DYNAMIC = {"num_bits": 8, "type": "int", "symmetric": False, "strategy": "token", "dynamic": True}
 _STATIC = {"num_bits": 8, "type": "int", "symmetric": False, "strategy": "tensor", "dynamic": False}
-_ACTIVATIONS: dict[str | None, dict[str, Any] | None] = {"dynamic": _DYNAMIC, "static": _STATIC, None: None}
+# By activations, and whether they are symmetric.
+_ACTIVATIONS: dict[tuple[str | None, bool], dict[str, Any] | None] = {
+    ("dynamic", False): _DYNAMIC,
+    ("dynamic", True): {**_DYNAMIC, "symmetric": True},
+    ("static", False): _STATIC,
+    (None, False): None,
+}
 
 
 @dataclass(frozen=True)
@@ -71,11 +77,11 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
             groups[key if first else f"layers_{key}_{scheme.name}_{format}"] = _group(targets, scheme, format)
     if any(isinstance(module, Int8Embedding) for module in modules.values()):
         groups["embedding"] = _group(["Embedding"], make_scheme(8, None), FORMAT)
-    formats = {group["format"] for group in groups.values()} - {CONV1D_FORMAT, PACKED_CONV1D_FORMAT} or {FORMAT}
+    used = {group["format"] for group in groups.values()} - {CONV1D_FORMAT, PACKED_CONV1D_FORMAT} or {FORMAT}
     left = [_pattern(model, name) for name, module in model.named_modules() if _is_float_target(module, groups)]
     return {
         "quant_method": QUANT_METHOD,
-        "format": formats.pop() if len(formats) == 1 else MIXED_FORMAT,
+        "format": used.pop() if len(used) == 1 else MIXED_FORMAT,
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": left,
@@ -120,7 +126,7 @@ def _group(targets: list[str], scheme: Scheme, format: str) -> dict[str, Any]:
         weights |= {"strategy": "channel", "dynamic": False}
     else:
         weights |= {"strategy": "group", "group_size": scheme.group_size, "dynamic": False}
-    activations = _ACTIVATIONS[scheme.activations]
+    activations = _ACTIVATIONS[scheme.activations, scheme.symmetric]
     return {
         "targets": targets,
         "weights": weights,
@@ -153,11 +159,11 @@ def _stored(name: str, group: Mapping[str, Any], default_format: str | None, emb
         raise ValueError(f"{name} has quantized outputs, which hf_quant does not run")
     bits, size = (weights or {}).get("num_bits"), (weights or {}).get("group_size")
     known = type(bits) is int and 2 <= bits <= 8
-    activations = next((key for key, value in _ACTIVATIONS.items() if _essence(value) == inputs), "unknown")
-    if known and activations != "unknown":
-        scheme = make_scheme(bits, activations, size)  # type: ignore[arg-type]
+    kind = next((key for key, value in _ACTIVATIONS.items() if _essence(value) == inputs), None)
+    if known and kind is not None:
+        scheme = make_scheme(bits, kind[0], size, kind[1])  # type: ignore[arg-type]
         expected = _group([], scheme, "")["weights"]
-        form = not (embedding or activations == "static") if packed else not scheme.packed
+        form = not (embedding or kind[0] == "static") if packed else not scheme.packed
         if _essence(expected) == weights and form:
             return Stored(None if embedding else scheme, packed)
     raise ValueError(

@@ -76,6 +76,23 @@ def token_dims(values: Tensor) -> tuple[int, ...]:
     return tuple(range(2, values.ndim)) or tuple(range(values.ndim))
 
 
+def token_qparams(values: Tensor, symmetric: bool) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point of a dynamically quantized activation, one for all that share a range.
+
+    Args:
+        values (`torch.Tensor`): any float dtype; ranges are found in float32.
+        symmetric (`bool`): whether the zero point is 0.
+
+    Returns:
+        `tuple`: float32 scales, with the dimensions of [`token_dims`] kept as 1, and int8 zero points of their shape;
+        `None` if symmetric.
+    """
+    values, dims = values.float(), token_dims(values)
+    low, high = values.amin(dims, keepdim=True), values.amax(dims, keepdim=True)
+    scale, zero_point = calculate_qparams(low, high, symmetric=symmetric)
+    return scale, None if symmetric else zero_point
+
+
 def quanta(values: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
     """`x / s + z` in float32, neither rounded nor clipped; always a new tensor, so callers may go on in place."""
     result = values / scale.float() if values.dtype == torch.float32 else values.float().div_(scale)

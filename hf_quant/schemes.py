@@ -10,7 +10,7 @@ from .errors import did_you_mean
 
 GROUP_SIZES = (32, 64, 128)
 _DEFAULT_GROUP = 32
-_NAME = re.compile(r"int([2-8])_(static|dynamic|weight_only)(?:_(channel)|_g(\d+))?")
+_NAME = re.compile(r"int([2-8])_(static|dynamic_symmetric|dynamic|weight_only)(?:_(channel)|_g(\d+))?")
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,13 @@ class Scheme:
     Args:
         name (`str`): the name that recipes and the command line see.
         activations (`str` or `None`): `"static"`: one asymmetric int8 range per tensor, observed beforehand;
-            `"dynamic"`: one symmetric int8 scale per token, computed at each forward; `None`: activations
-            stay in float.
+            `"dynamic"`: one int8 range per token, computed at each forward; `None`: activations stay in float.
         description (`str`): one line for tables and `--help`.
         bits (`int`, *optional*, defaults to 8): of a weight; below 8 they are packed, on disk and in memory.
         group_size (`int`, *optional*): input features that share one scale of the weight; by default all of an
             output channel's.
+        symmetric (`bool`, *optional*, defaults to `False`): whether dynamic ranges are symmetric around 0. They lose
+            accuracy where a token's values lie on one side, such as GELU's, or one channel is much the largest.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Scheme:
     description: str
     bits: int = 8
     group_size: int | None = None
+    symmetric: bool = False
 
     @property
     def packed(self) -> bool:
@@ -43,9 +45,14 @@ class Scheme:
         return self.bits < 8 or self.group_size is not None
 
 
-def make_scheme(bits: int, activations: Literal["static", "dynamic"] | None, group_size: int | None = None) -> Scheme:
+def make_scheme(
+    bits: int,
+    activations: Literal["static", "dynamic"] | None,
+    group_size: int | None = None,
+    symmetric: bool = False,
+) -> Scheme:
     """The scheme of those properties, with the name that stands for them; see [`Scheme`]."""
-    kind = activations or "weight_only"
+    kind = "dynamic_symmetric" if symmetric else activations or "weight_only"
     default = _DEFAULT_GROUP if bits < 8 else None
     name = f"int{bits}_{kind}"
     if group_size != default:
@@ -53,10 +60,11 @@ def make_scheme(bits: int, activations: Literal["static", "dynamic"] | None, gro
     scales = "per channel" if group_size is None else f"per group of {group_size}"
     inputs = {
         "static": "int8 activations per tensor (asymmetric), ranges observed beforehand",
-        "dynamic": "int8 activations per token, ranges found at each forward",
+        "dynamic": "int8 activations per token (asymmetric), ranges found at each forward",
+        "dynamic_symmetric": "int8 activations per token (symmetric), ranges found at each forward",
         "weight_only": "float activations",
     }[kind]
-    return Scheme(name, activations, f"int{bits} weights {scales}, {inputs}", bits, group_size)
+    return Scheme(name, activations, f"int{bits} weights {scales}, {inputs}", bits, group_size, symmetric)
 
 
 # The usual ones. `get_scheme` knows every other number of bits and group size by its name.
@@ -78,8 +86,9 @@ def get_scheme(name: str | Scheme) -> Scheme:
     Args:
         name (`str` or [`Scheme`]): `"int8_dynamic"`, `"int8_static"`, `"int8_weight_only"`, `"int4_weight_only"`,
             `"int4_dynamic"`, or another one made up of bits, kind and group size: `"int6_weight_only"`,
-            `"int4_weight_only_g128"`, `"int3_dynamic_g64"`, `"int4_weight_only_channel"`. Weights of fewer than 8
-            bits have one scale per group of 32 input features unless the name says otherwise.
+            `"int8_dynamic_symmetric"`, `"int4_weight_only_g128"`, `"int3_dynamic_g64"`,
+            `"int4_weight_only_channel"`. Weights of fewer than 8 bits have one scale per group of 32 input features
+            unless the name says otherwise.
 
     Raises:
         `ValueError`: if there is no such scheme.
@@ -107,6 +116,9 @@ def get_scheme(name: str | Scheme) -> Scheme:
         )
     if group is None and bits < 8 and not found[3]:
         group = _DEFAULT_GROUP
-    activations: Literal["static", "dynamic"] | None = None if kind == "weight_only" else kind  # type: ignore[assignment]
-    made = make_scheme(bits, activations, group)
+    symmetric = kind == "dynamic_symmetric"
+    activations: Literal["static", "dynamic"] | None = None
+    if kind != "weight_only":
+        activations = "static" if kind == "static" else "dynamic"
+    made = make_scheme(bits, activations, group, symmetric)
     return SCHEMES.get(made.name, made)

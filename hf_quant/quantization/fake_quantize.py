@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..qparams import INT8_MAX, INT8_MIN, integer_range, quanta, symmetric_scale
+from ..qparams import (
+    INT8_MAX,
+    INT8_MIN,
+    dequantize,
+    integer_range,
+    quanta,
+    quantize,
+    symmetric_scale,
+    token_qparams,
+)
 from ..schemes import Scheme
 
 # A value is clipped when its rounded quantum leaves [-128, 127]. Rounding is half to even, so -128.5 still
@@ -55,6 +64,16 @@ def fake_quantize_symmetric(values: Tensor, dims: Sequence[int], bits: int = 8) 
     return _PassingFakeQuantize.apply(values, tuple(dims), bits)
 
 
+def fake_quantize_tokens(values: Tensor, symmetric: bool) -> Tensor:
+    """Quantize and dequantize an activation with dynamic ranges; the gradient passes everywhere.
+
+    Args:
+        values (`torch.Tensor`): an activation, any float dtype; see [`token_qparams`].
+        symmetric (`bool`): whether ranges are symmetric around 0.
+    """
+    return _TokenFakeQuantize.apply(values, symmetric)
+
+
 def fake_quantize_weight(weight: Tensor, scheme: Scheme) -> Tensor:
     """A weight (out, in) as the scheme's integers would have it; the gradient passes everywhere."""
     if scheme.group_size is None:
@@ -82,6 +101,17 @@ class _ClippingFakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (unrounded,) = ctx.saved_tensors
         return stop_clipped(grads[0], unrounded).to(grads[0].dtype), None, None
+
+
+class _TokenFakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, symmetric: bool) -> Tensor:
+        scale, zeros = token_qparams(values, symmetric)
+        return dequantize(quantize(values, scale, zeros), scale, zeros).to(values.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
 
 
 class _PassingFakeQuantize(torch.autograd.Function):

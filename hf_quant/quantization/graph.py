@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any, Literal
 
 import torch
@@ -118,7 +118,7 @@ def tensors_of(output: Any) -> Iterator[Tensor]:
     elif isinstance(output, (list, tuple)):
         for value in output:
             yield from tensors_of(value)
-    elif hasattr(output, "__dict__") and not isinstance(output, Cache):
+    elif is_dataclass(output) and not isinstance(output, Cache):
         yield from tensors_of(vars(output))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..qparams import INT8_MAX, INT8_MIN, dequantize, quanta, quantize, symmetric_scale, token_dims
+from ..qparams import INT8_MAX, INT8_MIN, dequantize, quanta, quantize, symmetric_scale, token_qparams
 from ..runtime import kernels
 from .fake_quantize import stop_clipped
 
@@ -29,6 +29,7 @@ class QuantizedInput:
         numbers (`tuple`): static scale and zero point, or `None` for one scale a token.
         quantized (`torch.Tensor`): int8 (tokens, features).
         scale (`torch.Tensor`): float32 (tokens, 1), or () if static.
+        zeros (`torch.Tensor` or `None`): int8 (tokens, 1); `None` if static or symmetric.
         unrounded (`torch.Tensor` or `None`): float32 quanta before clipping, for the gradient of static ranges.
     """
 
@@ -37,6 +38,7 @@ class QuantizedInput:
     numbers: tuple[float, int] | None
     quantized: Tensor
     scale: Tensor
+    zeros: Tensor | None
     unrounded: Tensor | None
 
 
@@ -54,7 +56,7 @@ def runs_in_int8(values: Tensor) -> bool:
 
 @torch.no_grad()
 def quantize_input(
-    values: Tensor, qparams: tuple[Tensor, Tensor] | None, last: QuantizedInput | None
+    values: Tensor, qparams: tuple[Tensor, Tensor] | None, last: QuantizedInput | None, symmetric: bool = False
 ) -> QuantizedInput:
     """Quantize an activation, or take it from `last`: query, key and value read the same one.
 
@@ -62,21 +64,24 @@ def quantize_input(
         values (`torch.Tensor`): (..., features), float.
         qparams (`tuple`, *optional*): static scale and zero point, shape (); by default one scale a token.
         last ([`QuantizedInput`], *optional*): the one before.
+        symmetric (`bool`, *optional*, defaults to `False`): whether ranges of tokens are symmetric around 0.
     """
     numbers = None if qparams is None else (float(qparams[0]), int(qparams[1]))
     version = version_of(values)
     known = last is not None and last.source() is values and last.version == version is not None
-    if last is not None and known and last.numbers == numbers:
+    same = last is not None and last.numbers == numbers and (numbers is not None or (last.zeros is None) is symmetric)
+    if last is not None and known and same:
         return last
     flat = values.reshape(-1, values.shape[-1])
     source = weakref.ref(values)
     if qparams is not None:
         unrounded = quanta(flat, *qparams)
         quantized = unrounded.clamp(INT8_MIN, INT8_MAX).round_().to(torch.int8)
-        return QuantizedInput(source, version, numbers, quantized, qparams[0], unrounded)
-    by_token = symmetric_scale(values.float(), token_dims(values))
+        return QuantizedInput(source, version, numbers, quantized, qparams[0], None, unrounded)
+    by_token, zeros = token_qparams(values, symmetric)
     scale = by_token.expand(*values.shape[:-1], 1).reshape(-1, 1)
-    return QuantizedInput(source, version, None, quantize(flat, scale), scale, None)
+    zeros = None if zeros is None else zeros.expand(*values.shape[:-1], 1).reshape(-1, 1)
+    return QuantizedInput(source, version, None, quantize(flat, scale, zeros), scale, zeros, None)
 
 
 def int8_linear(values: Tensor, weight: Tensor, bias: Tensor | None, input: QuantizedInput) -> Tensor:
@@ -106,6 +111,8 @@ class _Int8Linear(torch.autograd.Function):
         weight8 = quantize(weight, weight_scale)
         column_scale = weight_scale.float().t()
         output = kernels.int_mm_linear(input.quantized, weight8).float()
+        if input.zeros is not None:  # (q - z) w^T = q w^T - z sum(w)
+            output.addcmul_(input.zeros.float(), weight8.sum(-1, dtype=torch.int32).float(), value=-1)
         if input.numbers is None:
             output.mul_(column_scale).mul_(input.scale)
             if bias is not None:
@@ -115,14 +122,14 @@ class _Int8Linear(torch.autograd.Function):
             column_scale = column_scale * input.scale
             offset = weight8.sum(-1, dtype=torch.int32) * column_scale * -input.numbers[1]
             output.mul_(column_scale).add_(offset if bias is None else offset + bias)
-        ctx.save_for_backward(input.quantized, input.scale, input.unrounded, weight8, weight_scale)
+        ctx.save_for_backward(input.quantized, input.scale, input.zeros, input.unrounded, weight8, weight_scale)
         ctx.zero_point = 0 if input.numbers is None else input.numbers[1]
         ctx.dtypes = values.dtype, weight.dtype, None if bias is None else bias.dtype
         return output.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        quantized, scale, unrounded, weight8, weight_scale = ctx.saved_tensors
+        quantized, scale, zeros, unrounded, weight8, weight_scale = ctx.saved_tensors
         values_dtype, weight_dtype, bias_dtype = ctx.dtypes
         grad = grads[0]
         grad_values = grad_weight = grad_bias = None
@@ -136,6 +143,8 @@ class _Int8Linear(torch.autograd.Function):
             steps = quantized.to(grad.dtype)
             if ctx.zero_point:
                 steps -= ctx.zero_point
+            if zeros is not None:
+                steps -= zeros
             if scale.ndim == 0:
                 grad_weight = (grad.t() @ steps).to(weight_dtype).mul_(scale)
             else:

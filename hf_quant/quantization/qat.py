@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..qparams import token_dims
 from ..schemes import Scheme
 from ..targets import Selection, replace_module, require_finite
-from .fake_quantize import fake_quantize, fake_quantize_symmetric, fake_quantize_weight
+from .fake_quantize import fake_quantize, fake_quantize_symmetric, fake_quantize_tokens, fake_quantize_weight
 from .int8_training import QuantizedInput, int8_linear, quantize_input, runs_in_int8, version_of
 from .masks import batch_masks, mask_for
 from .observers import MovingAverageMinMax, batch_range
@@ -130,12 +129,12 @@ def _linear(module: QATLinear | QATConv1D, values: Tensor, weight: Tensor) -> Te
     unquantized = module.scheme.activations is None or (fake_quant is not None and fake_quant.skip)
     if not unquantized and not module.scheme.packed and runs_in_int8(values):
         qparams = None if fake_quant is None else fake_quant.observer.qparams()
-        module.state.last_input = quantize_input(values, qparams, module.state.last_input)
+        module.state.last_input = quantize_input(values, qparams, module.state.last_input, module.scheme.symmetric)
         return int8_linear(values, weight, module.bias, module.state.last_input)
     if fake_quant is not None:
         values = fake_quant(values)
     elif module.scheme.activations == "dynamic":
-        values = fake_quantize_symmetric(values.float(), token_dims(values)).to(values.dtype)
+        values = fake_quantize_tokens(values, module.scheme.symmetric)
     return F.linear(values, fake_quantize_weight(weight, module.scheme), module.bias)
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..qparams import calculate_qparams, dequantize, quantize, quantize_weight, symmetric_scale, token_dims
+from ..qparams import calculate_qparams, dequantize, quantize, quantize_weight, token_qparams
 from ..schemes import Scheme
 from . import kernels
 from .base import QuantizedModule, quantized_modules, refuse_float_weights, refuse_training  # noqa: F401
@@ -176,8 +176,8 @@ class Int8Linear(_Int8Weight):
             scale, zero_point = self.input_scale.float(), self.input_zero_point
             input = dequantize(quantize(input, scale, zero_point), scale, zero_point).to(input.dtype)
         elif self.scheme.activations == "dynamic":
-            scale = symmetric_scale(input.float(), token_dims(input))
-            input = dequantize(quantize(input, scale), scale).to(input.dtype)
+            scale, zeros = token_qparams(input, self.scheme.symmetric)
+            input = dequantize(quantize(input, scale, zeros), scale, zeros).to(input.dtype)
         weight = dequantize(self.int8_weight, self.weight_scale).to(input.dtype)
         return F.linear(input, weight, None if self.bias is None else self.bias.to(input.dtype))
 
@@ -193,9 +193,11 @@ class Int8Linear(_Int8Weight):
                 packed.input_scale, packed.input_zero_point, out_dtype,
             )  # fmt: skip
         else:
-            scale = symmetric_scale(input.float(), token_dims(input))
-            quantized = quantize(input, scale).reshape(-1, self.in_features)
+            scale, zeros = token_qparams(input, self.scheme.symmetric)
+            quantized = quantize(input, scale, zeros).reshape(-1, self.in_features)
             output = kernels.onednn_linear(quantized, packed.weight, packed.weight_scale, None, 1.0, 0)
+            if zeros is not None:  # (q - z) w^T = q w^T - z sum(w)
+                output.addcmul_(_one_per_row(zeros, input).float(), packed.weight_sum, value=-1)
             output.mul_(_one_per_row(scale, input))
             if packed.bias is not None:
                 output.add_(packed.bias)
@@ -209,9 +211,13 @@ class Int8Linear(_Int8Weight):
             # (q - z) w^T = q w^T - z sum(w)
             product = product - self.int8_weight.sum(-1, dtype=torch.int32) * zero_point.to(torch.int32)
         else:
-            scale = _one_per_row(symmetric_scale(input.float(), token_dims(input)), input)
-            quantized = quantize(input.reshape(-1, self.in_features), scale)
+            scale, zeros = token_qparams(input, self.scheme.symmetric)
+            scale = _one_per_row(scale, input)
+            zeros = None if zeros is None else _one_per_row(zeros, input)
+            quantized = quantize(input.reshape(-1, self.in_features), scale, zeros)
             product = kernels.int_mm_linear(quantized, self.int8_weight)
+            if zeros is not None:
+                product = product - self.int8_weight.sum(-1, dtype=torch.int32) * zeros.to(torch.int32)
         output = product.float().mul_(self.weight_scale.float().t()).mul_(scale)
         if self.bias is not None:
             output.add_(self.bias)
@@ -304,6 +310,8 @@ class _Packed:
         if module.scheme.activations == "static":
             self.input_scale = float(module.input_scale)
             self.input_zero_point = int(module.input_zero_point)
+        elif not module.scheme.symmetric:
+            self.weight_sum = module.int8_weight.sum(-1, dtype=torch.int32).float() * self.weight_scale
 
 
 def _one_per_row(scale: Tensor, input: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..qparams import dequantize, dequantize_weight, quantize, quantize_weight, symmetric_scale, token_dims
+from ..qparams import dequantize, dequantize_weight, quantize, quantize_weight, token_qparams
 from ..schemes import Scheme
 from .base import QuantizedModule, refuse_training
 
@@ -139,8 +139,8 @@ class PackedLinear(QuantizedModule):
             return input.new_zeros(*input.shape[:-1], self.out_features)
         with torch.no_grad():
             if self.scheme.activations == "dynamic":
-                scale = symmetric_scale(input.float(), token_dims(input))
-                input = dequantize(quantize(input, scale), scale).to(input.dtype)
+                scale, zeros = token_qparams(input, self.scheme.symmetric)
+                input = dequantize(quantize(input, scale, zeros), scale, zeros).to(input.dtype)
             # The operations, order and dtypes of compressed-tensors: equal to a plain reload, bit for bit.
             weight = dequantize_weight(self.integers, self.weight_scale).to(input.dtype)
             return F.linear(input, weight, None if self.bias is None else self.bias.to(input.dtype))

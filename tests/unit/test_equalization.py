@@ -404,7 +404,7 @@ def test_smollm2_in_static_int8_and_three_bits() -> None:
     losses["equalized"] = loss(twin)
     losses["equalized static"] = loss(static(twin, names, everything))
     twin = shallow_copy(model)
-    assert len(awq_scale(twin, calibration, names, 3, 64)) > 100
+    assert len(awq_scale(twin, calibration, names, 3, 64, grid=8)) > 100
     losses["awq 3 bits"] = loss(rounded(twin, names, 3, 64))
     print(losses)
     assert abs(losses["equalized"] - losses["float"]) < 1e-4

@@ -21,7 +21,8 @@ from tests.tiny import INT8_SCHEMES, tiny_bert, tiny_gpt2, tiny_llama
 
 CHANNEL = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
 ACTIVATIONS: dict[str, dict[str, Any] | None] = {
-    "int8_dynamic": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
+    "int8_dynamic": {"num_bits": 8, "type": "int", "symmetric": False, "strategy": "token", "dynamic": True},
+    "int8_dynamic_symmetric": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
     "int8_static": {"num_bits": 8, "type": "int", "symmetric": False, "strategy": "tensor", "dynamic": False},
     "int8_weight_only": None,
 }
@@ -47,7 +48,7 @@ def _int8(scheme: str) -> nn.Module:
     return quantize_dynamic(tiny_bert(), scheme, progress=False)
 
 
-@pytest.mark.parametrize("scheme", INT8_SCHEMES)
+@pytest.mark.parametrize("scheme", [*INT8_SCHEMES, "int8_dynamic_symmetric"])
 def test_fields(scheme: str) -> None:
     config = quantization_config(_int8(scheme))
     assert {key: config[key] for key in ("quant_method", "format", "quantization_status")} == {
@@ -69,7 +70,7 @@ def test_fields(scheme: str) -> None:
         assert config["config_groups"]["embedding"]["input_activations"] is None
 
 
-@pytest.mark.parametrize("scheme", INT8_SCHEMES)
+@pytest.mark.parametrize("scheme", [*INT8_SCHEMES, "int8_dynamic_symmetric"])
 def test_compressed_tensors_understands_it(scheme: str) -> None:
     config = QuantizationConfig.model_validate(quantization_config(_int8(scheme)))
     arguments = config.config_groups["linear"].input_activations
@@ -83,7 +84,7 @@ def test_compressed_tensors_understands_it(scheme: str) -> None:
         )
 
 
-@pytest.mark.parametrize("scheme", INT8_SCHEMES)
+@pytest.mark.parametrize("scheme", [*INT8_SCHEMES, "int8_dynamic_symmetric"])
 def test_reading_gives_back_what_was_written(scheme: str) -> None:
     model = _int8(scheme)
     with torch.device("meta"):

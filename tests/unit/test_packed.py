@@ -23,7 +23,14 @@ from hf_quant.runtime import packed as packed_module
 from hf_quant.runtime.packed import PackedLinear, pack, unpack
 from hf_quant.schemes import get_scheme
 
-SCHEMES = ("int4_weight_only", "int4_dynamic", "int3_weight_only_g64", "int6_weight_only", "int8_weight_only_g32")
+SCHEMES = (
+    "int4_weight_only",
+    "int4_dynamic",
+    "int4_dynamic_symmetric",
+    "int3_weight_only_g64",
+    "int6_weight_only",
+    "int8_weight_only_g32",
+)
 schemes = pytest.mark.parametrize("scheme", SCHEMES)
 
 
@@ -72,9 +79,9 @@ def test_forward_is_the_float_product_of_what_is_stored(scheme: str) -> None:
     values = torch.randn(2, 3, 128)
     inputs = values
     if chosen.activations == "dynamic":
-        per_token = QuantizationArgs(num_bits=8, symmetric=True, strategy="token", dynamic=True)
-        scale = values.abs().amax(-1, keepdim=True) / 127.5
-        inputs = fake_quantize(values, scale, torch.zeros_like(scale), per_token)
+        per_token = QuantizationArgs(num_bits=8, symmetric=chosen.symmetric, strategy="token", dynamic=True)
+        scale, zero_point = calculate_qparams(values.amin(-1, True), values.amax(-1, True), per_token)
+        inputs = fake_quantize(values, scale, zero_point, per_token)
     _, expected = _peer(weight, chosen.bits, chosen.group_size or 0)
     assert torch.equal(layer.weight, expected)
     assert torch.equal(layer(values), F.linear(inputs, expected, bias))

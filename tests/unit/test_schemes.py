@@ -54,14 +54,15 @@ def test_what_is_no_string_is_refused_in_the_same_words(wrong: object) -> None:
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("kind", ["dynamic", "weight_only"])
+@pytest.mark.parametrize("kind", ["dynamic", "dynamic_symmetric", "weight_only"])
 @pytest.mark.parametrize("group", [None, *GROUP_SIZES])
 def test_bits_and_groups_are_read_off_the_name(bits: int, kind: str, group: int | None) -> None:
     name = f"int{bits}_{kind}" + (f"_g{group}" if group else "")
     scheme = get_scheme(name)
     default = 32 if bits < 8 else None
     assert (scheme.bits, scheme.group_size) == (bits, group or default)
-    assert scheme.activations == (None if kind == "weight_only" else kind)
+    assert scheme.activations == (None if kind == "weight_only" else "dynamic")
+    assert scheme.symmetric is (kind == "dynamic_symmetric")
     assert scheme.packed is (bits < 8 or group is not None)
     assert get_scheme(scheme.name) == scheme, "the name says it all"
     assert (scheme.name in SCHEMES) is (scheme is SCHEMES.get(scheme.name))
