@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from .callbacks.qat import QATCallback
     from .checkpoint import load_quantized, save_quantized
     from .evaluation.compare import compare
+    from .evaluation.evaluator import task_evaluator
+    from .evaluation.perplexity import perplexity
+    from .evaluation.sweep import compare_perplexity, compare_schemes
     from .quantization.calibration import Calibration
     from .quantization.guard import AccuracyError, meet_accuracy
     from .quantization.post_training import quantize, quantize_dynamic, quantize_static
@@ -23,13 +26,17 @@ _HOME_OF = {
     "Calibration": ".quantization.calibration",
     "Recipe": ".recipe.schema",
     "compare": ".evaluation.compare",
+    "compare_perplexity": ".evaluation.sweep",
+    "compare_schemes": ".evaluation.sweep",
     "load_quantized": ".checkpoint",
     "AccuracyError": ".quantization.guard",
     "meet_accuracy": ".quantization.guard",
     "quantize": ".quantization.post_training",
     "quantize_dynamic": ".quantization.post_training",
     "quantize_static": ".quantization.post_training",
+    "perplexity": ".evaluation.perplexity",
     "save_quantized": ".checkpoint",
+    "task_evaluator": ".evaluation.evaluator",
 }
 
 __all__ = [  # noqa: RUF022 - in the order in which a user meets them
@@ -43,6 +50,10 @@ __all__ = [  # noqa: RUF022 - in the order in which a user meets them
     "save_quantized",
     "load_quantized",
     "compare",
+    "compare_schemes",
+    "compare_perplexity",
+    "perplexity",
+    "task_evaluator",
     "Recipe",
 ]
 
