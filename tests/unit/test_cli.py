@@ -106,7 +106,7 @@ def test_run_with_another_output(hf_quant_cli: CommandLine, tmp_path: Path) -> N
 
 @pytest.fixture(scope="module")
 def float_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A float classifier with its tokenizer, and MRPC's columns in `glue/mrpc/validation.parquet`."""
+    """A float classifier with its tokenizer, and MRPC's columns in `glue/mrpc`."""
     from datasets import Dataset
 
     folder = tmp_path_factory.mktemp("cli")
@@ -114,7 +114,8 @@ def float_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(folder / "reviews.jsonl", rows(24))
     (folder / "glue" / "mrpc").mkdir(parents=True)
     pairs = {"sentence1": ["a good film", "the plot"] * 8, "sentence2": ["fun", "boring"] * 8, "label": [1, 0] * 8}
-    Dataset.from_dict(pairs).to_parquet(str(folder / "glue" / "mrpc" / "validation.parquet"))
+    for split in ("train", "validation"):
+        Dataset.from_dict(pairs).to_parquet(str(folder / "glue" / "mrpc" / f"{split}.parquet"))
     return folder
 
 
@@ -232,3 +233,51 @@ def test_the_module_runs_as_the_command() -> None:
         env={**os.environ, "PYTHONPATH": str(Path(hf_quant.__file__).parents[1])},
     )
     assert (done.returncode, done.stdout) == (0, f"{hf_quant.__version__}\n")
+
+
+def test_quantize_with_calibration_overrides_and_the_guard(
+    hf_quant_cli: CommandLine, float_model: Path, tmp_path: Path
+) -> None:
+    code, out, err = hf_quant_cli(
+        "quantize", float_model / "float", "-o", tmp_path / "int8", "--scheme", "int8_static", "--task", "mrpc",
+        "--data-dir", float_model / "glue", "--samples", "8", "--observer", "minmax", "--rounding", "gptq",
+        "--equalize", "smoothquant",
+        "--correct-bias", "--override", "*.query=int8_dynamic", "--override", "*.key=float", "--max-drop", "0.5",
+        "--metric", "accuracy",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "accuracy: float" in out, "the guard's table"
+    config = json.loads((tmp_path / "int8" / "config.json").read_text())["quantization_config"]
+    assert any(r"\.key$" in name for name in config["ignore"])
+    assert sorted(config["config_groups"]) == ["embedding", "layers_linear_int8_dynamic_int-quantized", "linear"]
+    assert (tmp_path / "int8" / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max-drop", "0.1"], "--max-drop holds the metric of a task; name the task with --task."),
+        (["--metric", "f1"], "--metric and --relative say what --max-drop means; give --max-drop."),
+        (["--override", "query"], "--override 'query' is not PATTERN=SCHEME."),
+        (["--override", "*.query=int9"], "unknown scheme 'int9'"),
+        (["--rounding", "up"], "unknown rounding 'up'"),
+        (["--equalize", "awk"], "unknown equalize 'awk'; did you mean 'awq'?"),
+        (["--calibration", "nowhere.parquet"], "There is no data file nowhere.parquet"),
+    ],
+)
+def test_options_of_quantize_that_do_not_fit(
+    hf_quant_cli: CommandLine, float_model: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    code, _, err = hf_quant_cli("quantize", float_model / "float", "-o", tmp_path / "int8", *arguments)
+    assert code == 2
+    assert message in err
+    assert not (tmp_path / "int8").exists()
+
+
+def test_quantize_calibrates_on_a_file_of_texts(hf_quant_cli: CommandLine, float_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("a good film\n\nthe plot\n")
+    calibration = ["--calibration", tmp_path / "texts.txt"]
+    folder = tmp_path / "int8"
+    code, _, err = hf_quant_cli("quantize", float_model / "float", "-o", folder, "-s", "int8_static", *calibration)
+    assert code == 0, err
+    assert (tmp_path / "int8" / "model.safetensors").is_file()
