@@ -16,7 +16,7 @@ from ..quantization.convert import Conversion, convert_qat
 from ..quantization.fake_quantize import fake_quantize_symmetric, fake_quantize_weight
 from ..quantization.float_models import require_unquantized
 from ..quantization.qat import ActivationFakeQuantize, QATConv1D, QATEmbedding, QATState, prepare, qat_modules
-from ..runtime.modules import int8_modules
+from ..runtime.base import quantized_modules
 from ..schemes import Scheme, get_scheme
 from ..tables import conversion_table, print_table, selection_line
 from ..targets import Selection, select_modules
@@ -234,7 +234,7 @@ class QATCallback(TrainerCallback):
             print_table(conversion_table(self.conversion))
 
     def _prepare(self, model: nn.Module) -> None:
-        if int8_modules(model):
+        if quantized_modules(model):
             raise RuntimeError(
                 f"this {type(model).__name__} is int8 already, and int8 weights cannot be trained. To train on, make "
                 "a new Trainer from a float checkpoint (a checkpoint-* folder of this run, or the model that it "

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..progress import progress_bar
 from ..quantization.sensitivity import layer_sqnr
-from ..runtime.modules import int8_modules
+from ..runtime.base import quantized_modules
 from ..texts import find_tokenizer, length_limit
 from .labels import check_models_agree, read_labels
 from .latency import MAX_CALLS, measure_latency, random_batch
@@ -218,7 +218,7 @@ def _layer_sqnr(
 ) -> dict[str, float]:
     """SQNR of the int8 layers, on a few small batches spread over the lengths of the texts."""
     float_layers = dict(pair["float"].named_modules())
-    names = [name for name in int8_modules(pair["int8"]) if name in float_layers]
+    names = [name for name in quantized_modules(pair["int8"]) if name in float_layers]
     if not names or not _same_weights(pair):
         return {}
     by_length = sorted(encoded, key=lambda row: len(row["input_ids"]))
@@ -306,8 +306,8 @@ def _load(model: PreTrainedModel | str | os.PathLike[str]) -> PreTrainedModel:
 
 
 def _check_roles(pair: dict[str, PreTrainedModel]) -> None:
-    if int8_modules(pair["float"]):
-        swapped = not int8_modules(pair["int8"])
+    if quantized_modules(pair["float"]):
+        swapped = not quantized_modules(pair["int8"])
         raise ValueError(
             "`float_model` holds int8 layers"
             + (" and `int8_model` none: the two are swapped. " if swapped else ". ")

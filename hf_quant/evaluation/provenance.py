@@ -11,7 +11,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from .. import __version__
-from ..runtime.modules import int8_modules
+from ..runtime.base import quantized_modules
 from .results import Machine, ModelInfo
 from .sizes import model_size
 
@@ -33,7 +33,7 @@ def describe_model(given: PreTrainedModel | str | os.PathLike[str], model: PreTr
         name=path or origin(model) or "(in memory)",
         architecture=type(model).__name__,
         dtype=str(model.dtype).removeprefix("torch."),
-        int8_layers=len(int8_modules(model)),
+        int8_layers=len(quantized_modules(model)),
         size=model_size(model, path),
     )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..qparams import calculate_qparams, dequantize, quantize, quantize_weight, token_qparams
 from ..schemes import Scheme
 from . import kernels
-from .base import QuantizedModule, quantized_modules, refuse_float_weights, refuse_training  # noqa: F401
+from .base import QuantizedModule, refuse_training
 
 
 class _Int8Weight(QuantizedModule):
@@ -293,10 +293,6 @@ class Int8Embedding(_Int8Weight):
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         return f"{self.num_embeddings}, {self.embedding_dim}"
-
-
-INT8_MODULES = (QuantizedModule,)
-int8_modules = quantized_modules
 
 
 class _Packed:

@@ -14,7 +14,8 @@ from hf_quant import QATCallback, load_quantized, quantize_dynamic, save_quantiz
 from hf_quant.quantization.convert import ParityError
 from hf_quant.quantization.qat import qat_modules
 from hf_quant.runtime import kernels
-from hf_quant.runtime.modules import Int8Linear, int8_modules
+from hf_quant.runtime.base import quantized_modules
+from hf_quant.runtime.modules import Int8Linear
 from tests.tiny import folder_bytes, logits, make_trainer, tiny_bert, tiny_llama
 
 
@@ -161,7 +162,7 @@ class TestCallback:
         )
         with pytest.raises(ValueError, match=r"the weight of bert\..* holds \d+ NaN or infinite values"):
             trainer.train()
-        assert not int8_modules(trainer.model)
+        assert not quantized_modules(trainer.model)
         assert len(qat_modules(trainer.model)) == 16
 
     def test_model_quantized_by_another_library(self, tmp_path: Path) -> None:
@@ -200,7 +201,7 @@ class TestCallback:
             r"into `ignore`",
         ):
             trainer.train()
-        assert not int8_modules(trainer.model)
+        assert not quantized_modules(trainer.model)
         assert len(qat_modules(trainer.model)) == 16
         assert not hasattr(trainer.model, "hf_quantizer")
         trainer.save_model(str(tmp_path / "float"))
@@ -222,7 +223,7 @@ class TestCallback:
             match=r"the outputs of the int8 model differ from fake-quant by .* the least exact layer is ",
         ):
             trainer.train()
-        assert not int8_modules(trainer.model)
+        assert not quantized_modules(trainer.model)
         assert len(qat_modules(trainer.model)) == 16
 
 

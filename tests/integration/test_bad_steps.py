@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_quant import QATCallback
-from hf_quant.runtime.modules import int8_modules
+from hf_quant.runtime.base import quantized_modules
 from tests.tiny import make_trainer
 
 
@@ -46,7 +46,7 @@ class TestSteps:
     def test_schemes_without_ranges_have_nothing_to_freeze(self, scheme: str, tmp_path: Path) -> None:
         trainer = make_trainer(tmp_path, callbacks=[QATCallback(scheme, start_step=0.95)], changes={"max_steps": 40})
         trainer.train()
-        assert int8_modules(trainer.model)
+        assert quantized_modules(trainer.model)
 
     def test_an_int_and_a_share_are_compared_when_the_number_of_steps_is_known(self, tmp_path: Path) -> None:
         trainer = make_trainer(tmp_path, callbacks=[QATCallback(start_step=5, freeze_step=0.5)])
@@ -80,4 +80,4 @@ class TestSteps:
             r"model was left in float\. Train past `start_step`, or lower it\.",
         ):
             trainer.train()
-        assert not int8_modules(trainer.model)
+        assert not quantized_modules(trainer.model)

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback
 
 from hf_quant import QATCallback, load_quantized
 from hf_quant.qparams import quantize, symmetric_scale
-from hf_quant.runtime.modules import int8_modules
+from hf_quant.runtime.base import quantized_modules
 from tests.tiny import INT8_SCHEMES, make_trainer, tiny_bert, weights_bytes
 
 BEST = {
@@ -50,7 +50,7 @@ def test_the_best_checkpoint_is_what_becomes_int8(scheme: str, tmp_path: Path) -
     stored = load_file(tmp_path / "run" / "checkpoint-5" / "model.safetensors")
     last = load_file(tmp_path / "run" / "checkpoint-8" / "model.safetensors")
     name = "bert.pooler.dense"
-    weight, layer = stored[f"{name}.weight"], int8_modules(trainer.model)[name]
+    weight, layer = stored[f"{name}.weight"], quantized_modules(trainer.model)[name]
     assert torch.equal(layer.int8_weight, quantize(weight, symmetric_scale(weight, (-1,))))
     assert not torch.equal(weight, last[f"{name}.weight"])
     if scheme == "int8_static":
@@ -64,7 +64,7 @@ def test_a_float_checkpoint_from_before_the_start_is_never_the_best(tmp_path: Pa
     trainer.train()
     assert trainer.state.best_global_step == 6
     assert trainer.state.best_metric == 0.7
-    assert len(int8_modules(trainer.model)) == 16
+    assert len(quantized_modules(trainer.model)) == 16
 
 
 def test_the_same_holds_after_a_resume_from_before_the_start(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_where_no_evaluation_follows_the_start_the_last_weights_are_taken(tmp_pa
     trainer.train()
     assert trainer.state.best_global_step != 3
     stored = load_file(tmp_path / "run" / "checkpoint-5" / "model.safetensors")["bert.pooler.dense.weight"]
-    layer = int8_modules(trainer.model)["bert.pooler.dense"]
+    layer = quantized_modules(trainer.model)["bert.pooler.dense"]
     assert torch.equal(layer.int8_weight, quantize(stored, symmetric_scale(stored, (-1,))))
 
 
@@ -125,7 +125,7 @@ def test_best_model_of_a_plain_module(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, Wrapped(), callbacks, changes=BEST)
     trainer.train()
     assert trainer.state.best_global_step == 5
-    assert int8_modules(trainer.model)
+    assert quantized_modules(trainer.model)
     trainer.save_model(str(tmp_path / "int8"))
     stored = load_file(tmp_path / "int8" / "model.safetensors")
     assert stored["inner.bert.pooler.dense.weight"].dtype == torch.int8

@@ -24,7 +24,8 @@ from transformers import (
 
 from hf_quant import load_quantized, quantize_dynamic, save_quantized
 from hf_quant.checkpoint import is_quantized_folder
-from hf_quant.runtime.modules import Int8Embedding, Int8Linear, int8_modules
+from hf_quant.runtime.base import quantized_modules
+from hf_quant.runtime.modules import Int8Embedding, Int8Linear
 from hf_quant.schemes import SCHEMES
 from tests.tiny import INT8_SCHEMES, folder_bytes, int8_model, logits, tiny_bert, tiny_gpt2, tiny_llama, tiny_tokenizer
 
@@ -43,7 +44,7 @@ def test_what_lies_on_disk(scheme: str, tmp_path: Path) -> None:
     assert config["quantization_config"]["quant_method"] == "compressed-tensors"
     assert "hf_quant" not in json.dumps(config), "plain readers need to know nothing of us"
     stored = load_file(tmp_path / "int8" / "model.safetensors")
-    for name, module in int8_modules(model).items():
+    for name, module in quantized_modules(model).items():
         assert stored[f"{name}.weight"].dtype == torch.int8, name
         assert stored[f"{name}.weight_scale"].shape == (module.int8_weight.shape[0], 1)
         if isinstance(module, Int8Linear) and scheme == "int8_static":
@@ -143,7 +144,7 @@ def test_no_float_weight_is_ever_made(scheme: str, tmp_path: Path, monkeypatch: 
     save_quantized(model, tmp_path / "int8")
     with Allocations() as seen:
         loaded = load_quantized(tmp_path / "int8")
-    for name, module in int8_modules(loaded).items():
+    for name, module in quantized_modules(loaded).items():
         assert tuple(module.shape) not in seen.shapes, name
         assert tuple(module.shape)[::-1] not in seen.shapes, name
     assert (3, 32) in seen.shapes, "the classifier was seen, so the watch works"

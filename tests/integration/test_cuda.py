@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from hf_quant import QATCallback, load_quantized, quantize_dynamic, save_quantized
+from hf_quant.runtime.base import quantized_modules
 from hf_quant.runtime.kernels import Kernel, choose_kernel, use_kernel
-from hf_quant.runtime.modules import Int8Linear, int8_modules
+from hf_quant.runtime.modules import Int8Linear
 from hf_quant.schemes import SCHEMES
 from tests.tiny import Sentences, logits, make_trainer, tiny_bert
 
@@ -66,7 +67,7 @@ def test_trainer(scheme: str, tmp_path: Path) -> None:
     trainer.train()
     assert callback.conversion is not None
     assert min(callback.conversion.layer_sqnr.values()) > 60
-    assert all(module.int8_weight.is_cuda for module in int8_modules(trainer.model).values())
+    assert all(module.int8_weight.is_cuda for module in quantized_modules(trainer.model).values())
     during = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry][-1]
     assert trainer.evaluate()["eval_loss"] == pytest.approx(during, rel=0.02)
     trainer.save_model(str(tmp_path / "int8"))

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from hf_quant import load_quantized
-from hf_quant.runtime.modules import int8_modules
+from hf_quant.runtime.base import quantized_modules
 from tests.tiny import logits
 
 CODE = textwrap.dedent(
@@ -96,6 +96,6 @@ def test_it_is_saved_and_reported_once(run: tuple[Path, list[dict[str, Any]], st
     folder, _, out = run
     assert out.count("Converted to int8_static") == 1
     model = load_quantized(folder / "int8")
-    assert len(int8_modules(model)) == 16
+    assert len(quantized_modules(model)) == 16
     assert torch.isfinite(logits(model)).all()
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from hf_quant import load_quantized, quantize_dynamic, save_quantized
+from hf_quant.runtime.base import quantized_modules
 from hf_quant.runtime.kernels import use_kernel
-from hf_quant.runtime.modules import int8_modules
 from tests.tiny import logits, tiny_bert, tiny_llama, weights_bytes
 
 WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
@@ -82,7 +82,7 @@ def test_loads_into_int8_modules_with_the_logits_of_plain_transformers(
     expected = logits(auto.from_pretrained(tmp_path / "theirs"))
 
     loaded = load_quantized(tmp_path / "theirs")
-    modules = int8_modules(loaded)
+    modules = quantized_modules(loaded)
     assert all(module.scheme.name == scheme for module in modules.values())
     assert len(modules) > 4
     assert ("classifier" in modules) is (ignore == [])

@@ -13,8 +13,9 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 from hf_quant import load_quantized, quantize, quantize_dynamic, save_quantized
 from hf_quant.quantization.sensitivity import sqnr
+from hf_quant.runtime.base import quantized_modules
 from hf_quant.runtime.kernels import use_kernel
-from hf_quant.runtime.modules import Int8Linear, int8_modules
+from hf_quant.runtime.modules import Int8Linear
 from tests.tiny import Sentences, logits, tiny_bert, tiny_gpt2, tiny_llama
 
 SCHEMES = ("int8_dynamic", "int8_weight_only")
@@ -48,7 +49,7 @@ def test_some_layers_of_each_kind(maker: Any, ignore: str, tmp_path: Path) -> No
     int8 = quantize_dynamic(maker(), ignore=[ignore], progress=False)
     save_quantized(int8, tmp_path / "int8")
     loaded = load_quantized(tmp_path / "int8")
-    assert list(int8_modules(loaded)) == list(int8_modules(int8))
+    assert list(quantized_modules(loaded)) == list(quantized_modules(int8))
     assert torch.equal(logits(loaded), logits(int8))
 
 
@@ -89,7 +90,7 @@ def test_class_and_options_of_from_pretrained(tmp_path: Path) -> None:
     )
     assert three.classifier.out_features == 3
     half = quantize_dynamic(tmp_path / "float", dtype=torch.bfloat16, progress=False)
-    assert int8_modules(half)["bert.pooler.dense"].weight_scale.dtype == torch.bfloat16
+    assert quantized_modules(half)["bert.pooler.dense"].weight_scale.dtype == torch.bfloat16
 
 
 def test_options_of_from_pretrained_beside_a_model_are_refused() -> None:
@@ -100,7 +101,7 @@ def test_options_of_from_pretrained_beside_a_model_are_refused() -> None:
 def test_a_plain_module_is_quantized_too() -> None:
     model = nn.Sequential(nn.Embedding(10, 16), nn.Linear(16, 4))
     int8 = quantize_dynamic(model, progress=False)
-    assert set(int8_modules(int8)) == {"0", "1"}
+    assert set(quantized_modules(int8)) == {"0", "1"}
     ids = torch.randint(0, 10, (2, 3))
     assert sqnr(model(ids), int8(ids)) > 30
 
@@ -114,7 +115,7 @@ def test_a_mid_training_checkpoint_is_a_float_model(tmp_path: Path) -> None:
     )
     trainer.train()
     int8 = quantize_dynamic(tmp_path / "run" / "checkpoint-8", progress=False)
-    assert len(int8_modules(int8)) == 16
+    assert len(quantized_modules(int8)) == 16
 
 
 def test_dynamic_static_and_weight_only_differ_as_they_should() -> None:

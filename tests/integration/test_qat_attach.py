@@ -14,7 +14,7 @@ from transformers import (
 
 from hf_quant import QATCallback
 from hf_quant.quantization.qat import qat_modules
-from hf_quant.runtime.modules import int8_modules
+from hf_quant.runtime.base import quantized_modules
 from hf_quant.schemes import SCHEMES
 from tests.tiny import make_trainer, tiny_bert, tiny_llama, weights_bytes
 
@@ -37,7 +37,7 @@ def test_model_init(joined: str, tmp_path: Path) -> None:
         assert callback.attach(trainer) is callback
     trainer.train()
     assert trainer.model is made[-1]
-    assert len(int8_modules(trainer.model)) == 16
+    assert len(quantized_modules(trainer.model)) == 16
     trainer.save_model(str(tmp_path / "int8"))
 
     direct = make_trainer(tmp_path, tiny_bert(seed=3), [QATCallback()])
@@ -80,7 +80,7 @@ def test_add_callback_after_construction_works_for_a_fresh_run(tmp_path: Path) -
     trainer = make_trainer(tmp_path, tiny_bert())
     trainer.add_callback(QATCallback())
     trainer.train()
-    assert len(int8_modules(trainer.model)) == 16
+    assert len(quantized_modules(trainer.model)) == 16
 
 
 def test_attaching_twice_is_attaching_once(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_attaching_twice_is_attaching_once(tmp_path: Path) -> None:
         callback.attach(trainer)
         assert sum(each is callback for each in trainer.callback_handler.callbacks) == 1
         trainer.train()
-        assert len(int8_modules(trainer.model)) == 16
+        assert len(quantized_modules(trainer.model)) == 16
 
 
 def test_a_callback_can_be_used_again_with_another_trainer(tmp_path: Path) -> None:
@@ -105,4 +105,4 @@ def test_a_callback_can_be_used_again_with_another_trainer(tmp_path: Path) -> No
     decoder = make_trainer(tmp_path, tiny_llama(), [callback], causal=True)
     decoder.train()
     assert callback.conversion is not None
-    assert set(callback.conversion.quantized) == set(int8_modules(decoder.model))
+    assert set(callback.conversion.quantized) == set(quantized_modules(decoder.model))

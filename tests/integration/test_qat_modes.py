@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from hf_quant import QATCallback, load_quantized
+from hf_quant.runtime.base import quantized_modules
 from hf_quant.runtime.kernels import use_kernel
-from hf_quant.runtime.modules import int8_modules
 from hf_quant.schemes import SCHEMES
 from tests.tiny import logits, make_trainer, tiny_bert, tiny_llama
 
@@ -54,7 +54,7 @@ def test_a_bfloat16_model(tmp_path: Path) -> None:
     trainer.train()
     assert all(
         module.weight_scale.dtype == torch.bfloat16 and module.int8_weight.dtype == torch.int8
-        for module in int8_modules(trainer.model).values()
+        for module in quantized_modules(trainer.model).values()
     )
     trainer.save_model(str(tmp_path / "int8"))
     reloaded = load_quantized(tmp_path / "int8")
@@ -149,7 +149,7 @@ def test_auto_find_batch_size(tmp_path: Path) -> None:
     assert counts[-8:] == [1, 2, 3, 4, 5, 6, 7, 8], "the attempt that worked has ranges of its own"
     assert set(counts[:-8]) == {1}
     assert callback.conversion is not None
-    assert len(int8_modules(trainer.model)) == len(callback.conversion.quantized)
+    assert len(quantized_modules(trainer.model)) == len(callback.conversion.quantized)
 
 
 def test_label_smoothing(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_early_stopping(tmp_path: Path) -> None:
 def test_only_some_layers_by_pattern(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, callbacks=[QATCallback(targets=["*.layer.1.*"])])
     trainer.train()
-    assert {name.split(".")[3] for name in int8_modules(trainer.model)} == {"1"}
+    assert {name.split(".")[3] for name in quantized_modules(trainer.model)} == {"1"}
     trainer.save_model(str(tmp_path / "int8"))
     assert torch.equal(logits(load_quantized(tmp_path / "int8")), logits(trainer.model))
 

@@ -13,8 +13,9 @@ from transformers import PrinterCallback, TrainerCallback
 
 from hf_quant import QATCallback, load_quantized
 from hf_quant.quantization.qat import qat_modules
+from hf_quant.runtime.base import quantized_modules
 from hf_quant.runtime.kernels import use_kernel
-from hf_quant.runtime.modules import Int8Embedding, Int8Linear, int8_modules
+from hf_quant.runtime.modules import Int8Embedding, Int8Linear
 from hf_quant.runtime.packed import PackedLinear
 from hf_quant.schemes import SCHEMES
 from hf_quant.targets import select_modules
@@ -49,7 +50,7 @@ def test_ends_in_an_int8_model_that_evaluates_predicts_and_saves(family: str, sc
     trainer.train()
 
     assert trainer.model is model, "converted in place"
-    assert {name: type(module) for name, module in int8_modules(model).items()} == {
+    assert {name: type(module) for name, module in quantized_modules(model).items()} == {
         name: Int8Embedding if kind == "embedding" else linear for name, kind in expected.quantized.items()
     }
     conversion = callback.conversion
@@ -219,7 +220,7 @@ def test_without_convert_the_model_stays_a_float_qat_model(tmp_path: Path) -> No
     callback = QATCallback(convert=False)
     trainer = make_trainer(tmp_path, callbacks=[callback])
     trainer.train()
-    assert not int8_modules(trainer.model)
+    assert not quantized_modules(trainer.model)
     assert qat_modules(trainer.model)
     assert callback.conversion is None
 

@@ -12,7 +12,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BertForMaskedLM
 
 from hf_quant import QATCallback, load_quantized, quantize_dynamic, save_quantized
-from hf_quant.runtime.modules import Int8Embedding, Int8Linear, int8_modules
+from hf_quant.runtime.base import quantized_modules
+from hf_quant.runtime.modules import Int8Embedding, Int8Linear
 from tests.tiny import folder_bytes, logits, make_trainer, tiny_bert, tiny_gpt2, tiny_llama
 
 BOTH = {
@@ -133,7 +134,7 @@ def test_masked_language_model_with_a_tied_decoder(tmp_path: Path) -> None:
     loaded = load_quantized(tmp_path / "int8")
     assert torch.equal(logits(loaded), logits(int8))
     assert loaded.cls.predictions.decoder.bias is loaded.cls.predictions.bias
-    assert "cls.predictions.decoder" not in int8_modules(loaded)
+    assert "cls.predictions.decoder" not in quantized_modules(loaded)
     save_quantized(loaded, tmp_path / "again")
     assert folder_bytes(tmp_path / "int8") == folder_bytes(tmp_path / "again")
 

@@ -20,7 +20,7 @@ from transformers import (
 
 import hf_quant
 from hf_quant import cli, load_quantized
-from hf_quant.runtime.modules import int8_modules
+from hf_quant.runtime.base import quantized_modules
 from tests.reviews import rows, write_files, write_model, write_recipe, write_rows
 from tests.tiny import folder_bytes
 
@@ -129,7 +129,7 @@ def test_quantize_saves_model_and_tokenizer_and_compares(
     assert f"saved the int8_dynamic model to {output}" in out
     assert "mrpc: float against int8" in out
     assert f"report: {output / 'report.html'}" in out
-    names = int8_modules(load_quantized(output))
+    names = quantized_modules(load_quantized(output))
     assert names
     assert not [name for name in names if name.endswith("query")]
     assert AutoTokenizer.from_pretrained(output).decode([5, 6]) == "the a"

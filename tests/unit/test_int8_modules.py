@@ -14,8 +14,9 @@ from hf_quant import quantize_dynamic
 from hf_quant.qparams import dequantize, symmetric_scale
 from hf_quant.quantization.convert import convert_module
 from hf_quant.quantization.fake_quantize import fake_quantize_symmetric
+from hf_quant.runtime.base import quantized_modules
 from hf_quant.runtime.kernels import onednn_is_exact, use_kernel
-from hf_quant.runtime.modules import Int8Embedding, Int8Linear, int8_modules
+from hf_quant.runtime.modules import Int8Embedding, Int8Linear
 from hf_quant.schemes import SCHEMES
 
 BOUNDS = (torch.tensor(-2.0), torch.tensor(3.0))
@@ -257,7 +258,7 @@ def test_print_says_what_it_is(scheme: str) -> None:
 
 def test_int8_modules_are_found_by_name() -> None:
     model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.ModuleList([_linear("int8_dynamic")])})
-    assert list(int8_modules(model)) == ["b.0"]
+    assert list(quantized_modules(model)) == ["b.0"]
 
 
 @schemes

@@ -13,7 +13,8 @@ from torch import nn
 
 from hf_quant import quantize_dynamic
 from hf_quant.layout import CONV1D_FORMAT, Stored, quantization_config, read_schemes
-from hf_quant.runtime.modules import Int8Linear, int8_modules
+from hf_quant.runtime.base import quantized_modules
+from hf_quant.runtime.modules import Int8Linear
 from hf_quant.runtime.packed import PackedLinear
 from hf_quant.schemes import SCHEMES
 from hf_quant.targets import select_modules
@@ -90,7 +91,9 @@ def test_reading_gives_back_what_was_written(scheme: str) -> None:
     with torch.device("meta"):
         shell = tiny_bert()
     found = read_schemes(quantization_config(model), shell)
-    assert found == {name: Stored(getattr(module, "scheme", None)) for name, module in int8_modules(model).items()}
+    assert found == {
+        name: Stored(getattr(module, "scheme", None)) for name, module in quantized_modules(model).items()
+    }
 
 
 def test_ignored_are_all_float_modules_of_the_targets_classes() -> None:
@@ -113,7 +116,7 @@ def test_embeddings_alone() -> None:
     model = quantize_dynamic(tiny_bert(), targets=["*_embeddings"], progress=False)
     config = quantization_config(model)
     assert set(config["config_groups"]) == {"embedding"}
-    assert read_schemes(config, tiny_bert()) == dict.fromkeys(int8_modules(model), Stored(None))
+    assert read_schemes(config, tiny_bert()) == dict.fromkeys(quantized_modules(model), Stored(None))
 
 
 def test_conv1d_has_a_group_whose_format_plain_readers_refuse() -> None:
@@ -124,14 +127,14 @@ def test_conv1d_has_a_group_whose_format_plain_readers_refuse() -> None:
     assert "linear" not in config["config_groups"]
     with pytest.raises(ValueError, match=r"hf_quant\.load_quantized"):
         QuantizationConfig.model_validate(config)
-    assert set(read_schemes(config, tiny_gpt2())) == set(int8_modules(model))
+    assert set(read_schemes(config, tiny_gpt2())) == set(quantized_modules(model))
 
 
 def test_float_conv1d_is_ignored_where_others_are_int8() -> None:
     model = quantize_dynamic(tiny_gpt2(), ignore=["*.c_proj"], progress=False)
     config = quantization_config(model)
     assert r"re:^(transformer\.)?h\.0\.attn\.c_proj$" in config["ignore"]
-    assert set(read_schemes(config, tiny_gpt2())) == set(int8_modules(model))
+    assert set(read_schemes(config, tiny_gpt2())) == set(quantized_modules(model))
 
 
 def test_model_without_an_int8_module() -> None:
@@ -152,7 +155,7 @@ def test_layers_of_a_rarer_scheme_are_named_one_by_one() -> None:
         whole, base = tiny_bert(), tiny_bert().bert
     expected = {
         name: Stored(getattr(module, "scheme", None), isinstance(module, PackedLinear))
-        for name, module in int8_modules(model).items()
+        for name, module in quantized_modules(model).items()
     }
     assert read_schemes(config, whole) == expected
     assert read_schemes(config, base) == {name.removeprefix("bert."): stored for name, stored in expected.items()}
