@@ -23,9 +23,10 @@ from real_models import GLUE, SMOLLM2, TASKS, WIKITEXT, float_model
 from hf_quant import Calibration, compare, quantize
 from hf_quant.evaluation.tasks import get_task, load_task_data
 
-# Arguments of `quantize`; calibration data are added to all but the dynamic scheme and plain rounding.
+# Arguments of `quantize`; calibration data are added to those that need them.
 VARIANTS: dict[str, dict[str, Any]] = {
     "int8_dynamic": {"scheme": "int8_dynamic"},
+    "int8_dynamic_symmetric": {"scheme": "int8_dynamic_symmetric"},
     "int8_static, min/max": {"scheme": "int8_static", "observer": "minmax"},
     "int8_static, min/max, smoothquant": {"scheme": "int8_static", "observer": "minmax", "equalize": "smoothquant"},
     "int8_static, mse": {"scheme": "int8_static", "observer": "mse"},
@@ -42,8 +43,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "int4_weight_only, awq": {"scheme": "int4_weight_only", "equalize": "awq"},
     "int4_weight_only, awq, gptq": {"scheme": "int4_weight_only", "equalize": "awq", "rounding": "gptq"},
 }
-WITHOUT_DATA = ("int8_dynamic", "int4_weight_only", "int4_weight_only, mse")
-SCHEMES = ("float", "int8_dynamic", "int8_weight_only", "int4_weight_only")
+WITHOUT_DATA = ("int8_dynamic", "int8_dynamic_symmetric", "int4_weight_only", "int4_weight_only, mse")
+SCHEMES = ("float", "int8_dynamic", "int8_dynamic_symmetric", "int8_weight_only", "int4_weight_only")
 SAMPLES, SEED, LENGTH = 128, 0, 512
 
 
