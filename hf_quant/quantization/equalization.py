@@ -51,17 +51,17 @@ def equalize(
     """
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha is {alpha}, but it shares out between 0 (weights) and 1 (activations). Try 0.5.")
-    groups = _groups(model, batches, names)
-    seen = _watch(model, batches, groups, lambda rows: rows.abs().amax(0).float())
+    groups = shared_groups(model, batches, names)
+    seen = watch_inputs(model, batches, groups, lambda rows: rows.abs().amax(0).float())
     plan = {}
     for group in groups:
         if not all(seen[name] for name in group.consumers):
             continue  # padding was all that it saw
         layers = [model.get_submodule(name) for name in group.consumers]
-        weights = _by_channel(model, group, [rows_of(layer).abs().amax(0).float() for layer in layers], "amax")
-        inputs = _by_channel(model, group, [torch.stack(seen[name]).amax(0) for name in group.consumers], "amax")
-        plan[group] = _sound(inputs**alpha / weights ** (1 - alpha), inputs * weights)
-    return _apply(model, batches[0], plan)
+        weights = by_channel(model, group, [rows_of(layer).abs().amax(0).float() for layer in layers], "amax")
+        inputs = by_channel(model, group, [torch.stack(seen[name]).amax(0) for name in group.consumers], "amax")
+        plan[group] = sound(inputs**alpha / weights ** (1 - alpha), inputs * weights)
+    return apply_scales(model, batches[0], plan)
 
 
 def awq_scale(
@@ -95,7 +95,7 @@ def awq_scale(
     """
     if grid < 1:
         raise ValueError(f"grid is {grid}, but at least one candidate must be tried. 20 is usual.")
-    groups = _groups(model, batches, names)
+    groups = shared_groups(model, batches, names)
     for name in (name for group in groups for name in group.consumers):
         width = rows_of(model.get_submodule(name)).shape[1]
         if group_size is not None and width % group_size:
@@ -109,28 +109,28 @@ def awq_scale(
         chosen = torch.linspace(0, rows.shape[0] - 1, min(share, rows.shape[0]), device=rows.device)
         return rows[chosen.round().long()]
 
-    seen = _watch(model, batches, groups, sample)
+    seen = watch_inputs(model, batches, groups, sample)
     plan = {}
     for group in groups:
         if not all(seen[name] for name in group.consumers):
             continue  # padding was all that it saw
         inputs = [torch.cat(seen[name])[:_SAMPLED].float() for name in group.consumers]
-        size = _by_channel(model, group, [rows.abs().mean(0) for rows in inputs], "mean")
+        size = by_channel(model, group, [rows.abs().mean(0) for rows in inputs], "mean")
         layers = [model.get_submodule(name) for name in group.consumers]
         best, least = None, torch.inf
         for step in range(grid):
             scales = size ** (step / grid)
             alive = scales[size > 0]
-            scales = _sound(scales / (alive.max() * alive.min()).sqrt() if len(alive) else scales, size)
+            scales = sound(scales / (alive.max() * alive.min()).sqrt() if len(alive) else scales, size)
             error = sum(
-                _rounding_error(rows_of(layer), _factors(scales, columns), rows, bits, group_size)
+                _rounding_error(rows_of(layer), factors_of(scales, columns), rows, bits, group_size)
                 for layer, columns, rows in zip(layers, group.columns, inputs, strict=True)
             )
             if error < least:
                 best, least = (scales if step else None), error
         if best is not None:
             plan[group] = best
-    return _apply(model, batches[0], plan)
+    return apply_scales(model, batches[0], plan)
 
 
 def scale_group(model: nn.Module, group: ScalingGroup, scales: Tensor) -> None:
@@ -165,7 +165,7 @@ def scale_group(model: nn.Module, group: ScalingGroup, scales: Tensor) -> None:
         _replace(source, "bias", lambda bias: bias / scales.to(bias.device))
     for name, columns in zip(group.consumers, group.columns, strict=True):
         consumer = model.get_submodule(name)
-        factors = _factors(scales, columns)
+        factors = factors_of(scales, columns)
         _multiply(consumer, factors.unsqueeze(1) if isinstance(consumer, Conv1D) else factors)
 
 
@@ -186,13 +186,13 @@ def _multiply(module: nn.Module, factors: Tensor) -> None:
     _replace(module, "weight", lambda weight: weight * factors.to(weight.device))
 
 
-def _factors(scales: Tensor, columns: Sequence[int]) -> Tensor:
+def factors_of(scales: Tensor, columns: Sequence[int]) -> Tensor:
     """What the columns of a consumer are multiplied by: (inputs,)."""
     index = torch.tensor(columns, device=scales.device)
     return torch.where(index == UNSCALED, 1.0, scales[index.clamp(min=0)])
 
 
-def _by_channel(model: nn.Module, group: ScalingGroup, values: Sequence[Tensor], reduce: str) -> Tensor:
+def by_channel(model: nn.Module, group: ScalingGroup, values: Sequence[Tensor], reduce: str) -> Tensor:
     """Values of each consumer's columns, reduced to one for each channel of the source; 0 where no column names it."""
     index = torch.tensor([column for columns in group.columns for column in columns], device=values[0].device)
     found = torch.zeros(channels_of(model.get_submodule(group.source)), device=index.device)
@@ -200,7 +200,7 @@ def _by_channel(model: nn.Module, group: ScalingGroup, values: Sequence[Tensor],
     return found.scatter_reduce(0, index[kept], torch.cat(list(values))[kept], reduce, include_self=False)
 
 
-def _sound(scales: Tensor, alive: Tensor) -> Tensor:
+def sound(scales: Tensor, alive: Tensor) -> Tensor:
     """The scales within limits, and 1 for channels in which nothing or NaN runs."""
     fine = (alive > 0) & torch.isfinite(alive) & torch.isfinite(scales)
     return torch.where(fine, scales.clamp(1 / _LIMIT, _LIMIT), 1.0)
@@ -213,7 +213,9 @@ def _rounding_error(weight: Tensor, factors: Tensor, rows: Tensor, bits: int, gr
     return (rows @ (rounded.div_(factors).sub_(weight)).T).square().sum().item()
 
 
-def _groups(model: nn.Module, batches: Sequence[Mapping[str, Any]], names: Collection[str]) -> list[ScalingGroup]:
+def shared_groups(
+    model: nn.Module, batches: Sequence[Mapping[str, Any]], names: Collection[str]
+) -> list[ScalingGroup]:
     """The groups that are the same in each of the first batches."""
     if not batches:
         raise ValueError("there is no batch to observe activations with. Pass at least one.")
@@ -224,7 +226,7 @@ def _groups(model: nn.Module, batches: Sequence[Mapping[str, Any]], names: Colle
     return groups
 
 
-def _watch(
+def watch_inputs(
     model: nn.Module,
     batches: Sequence[Mapping[str, Any]],
     groups: Sequence[ScalingGroup],
@@ -258,7 +260,7 @@ def _watch(
     return seen
 
 
-def _apply(model: nn.Module, batch: Mapping[str, Any], plan: Mapping[ScalingGroup, Tensor]) -> dict[str, Tensor]:
+def apply_scales(model: nn.Module, batch: Mapping[str, Any], plan: Mapping[ScalingGroup, Tensor]) -> dict[str, Tensor]:
     """Scale the groups; put back those that change the model's outputs."""
     if not plan:
         return {}

@@ -22,7 +22,6 @@ from .bias_correction import correct_biases
 from .calibration import Batch, Calibration, calibration_batches
 from .convert import convert_float
 from .equalization import awq_scale
-from .equalization import equalize as equalize_activations
 from .float8 import FLOAT8, float8_dynamic_config, quantize_float8, require_float8
 from .float_models import (
     load_float,
@@ -35,6 +34,7 @@ from .float_models import (
 from .gptq import gptq
 from .guard import meet_accuracy
 from .ranges import calibrate, require_observer
+from .smoothing import smooth
 
 logger = logging.getLogger(__name__)
 
@@ -87,8 +87,7 @@ def quantize(
             the scale with the least squared error ([`search_scale`]); `"gptq"`, each weight making up for the error
             of those before ([`gptq`]).
         equalize (`str`, *optional*): scales moved from activations to weights, which changes nothing in float:
-            `"smoothquant"` for int8 activations ([`equalize_activations`]), `"awq"` for weights of few bits
-            ([`awq_scale`]).
+            `"smoothquant"` for int8 activations ([`smooth`]), `"awq"` for weights of few bits ([`awq_scale`]).
         correct_bias (`bool`, *optional*, defaults to `False`): whether biases make up for the mean error of their
             layer ([`correct_biases`]).
         observer (`str`, *optional*, defaults to `"mse"`): how static ranges are found ([`calibrate`]).
@@ -146,7 +145,7 @@ def quantize(
         name: selection.scheme_of(name, scheme) for name, kind in selection.quantized.items() if kind != "embedding"
     }
     if equalize == "smoothquant":
-        equalize_activations(model, batches, list(schemes))
+        smooth(model, batches, schemes)
     elif equalize == "awq":
         awq_scale(model, batches, [n for n, own in schemes.items() if own == scheme], scheme.bits, scheme.group_size)
     static = [name for name, own in schemes.items() if own.activations == "static"]

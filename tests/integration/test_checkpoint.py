@@ -140,7 +140,7 @@ class Allocations(TorchDispatchMode):
 @schemes
 def test_no_float_weight_is_ever_made(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # a dispatch mode sees its own thread only
-    model = int8_model(tiny_bert(num_labels=3), scheme)
+    model = int8_model(tiny_bert(num_labels=3, intermediate_size=64, type_vocab_size=5), scheme)
     save_quantized(model, tmp_path / "int8")
     with Allocations() as seen:
         loaded = load_quantized(tmp_path / "int8")

@@ -20,7 +20,8 @@ from tests.tiny import logits, tiny_bert, tiny_llama, weights_bytes
 
 WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
 INPUTS: dict[str, dict[str, Any] | None] = {
-    "int8_dynamic": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
+    "int8_dynamic": {"num_bits": 8, "type": "int", "symmetric": False, "strategy": "token", "dynamic": True},
+    "int8_dynamic_symmetric": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
     "int8_static": {"num_bits": 8, "type": "int", "symmetric": False, "strategy": "tensor", "dynamic": False},
     "int8_weight_only": None,
 }
