@@ -34,7 +34,7 @@ def quantize(
     samples: Annotated[int, typer.Option("--samples", min=1, help="Texts or rows to calibrate on.")] = 128,
     observer: Annotated[
         str, typer.Option("--observer", help="Static ranges: minmax, ema, percentile, mse or entropy.")
-    ] = "mse",
+    ] = "minmax",
     rounding: Annotated[str, typer.Option("--rounding", help="Of weights: nearest, mse or gptq.")] = "nearest",
     equalize: Annotated[str | None, typer.Option("--equalize", help="smoothquant or awq.")] = None,
     correct_bias: Annotated[bool, typer.Option("--correct-bias", help="Biases make up for the mean error.")] = False,

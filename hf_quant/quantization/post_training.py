@@ -54,7 +54,7 @@ def quantize(
     rounding: Literal["nearest", "mse", "gptq"] = "nearest",
     equalize: Literal["smoothquant", "awq"] | None = None,
     correct_bias: bool = False,
-    observer: str = "mse",
+    observer: str = "minmax",
     max_drop: float | None = None,
     evaluate: Callable[[Any], float | Mapping[str, float]] | None = None,
     metric: str | None = None,
@@ -90,7 +90,7 @@ def quantize(
             `"smoothquant"` for int8 activations ([`smooth`]), `"awq"` for weights of few bits ([`awq_scale`]).
         correct_bias (`bool`, *optional*, defaults to `False`): whether biases make up for the mean error of their
             layer ([`correct_biases`]).
-        observer (`str`, *optional*, defaults to `"mse"`): how static ranges are found ([`calibrate`]).
+        observer (`str`, *optional*, defaults to `"minmax"`): how static ranges are found ([`calibrate`]).
         max_drop (`float`, *optional*): what the metric may lose; layers are put back into float, as few as will do,
             until it is met ([`meet_accuracy`]).
         evaluate (callable, *optional*): takes a model and returns a metric, or a dictionary of metrics.

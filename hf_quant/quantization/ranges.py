@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,6 @@ from .histogram import HistogramObserver
 from .int8_training import version_of
 from .masks import batch_masks, tokens
 from .observers import MinMax, MovingAverageMinMax
-
-ObserverName = Literal["minmax", "ema", "percentile", "mse", "entropy"]
 
 
 class Observer(Protocol):
@@ -54,7 +52,7 @@ def calibrate(
     model: nn.Module,
     batches: Sequence[Mapping[str, Any]],
     names: Collection[str],
-    observer: str = "mse",
+    observer: str = "minmax",
     progress: Callable[[], None] | None = None,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """The range of each named module's input over the batches; padding is not counted.
@@ -65,7 +63,7 @@ def calibrate(
         model (`torch.nn.Module`): the float model; it runs in eval mode and is left as it was.
         batches (list of `dict`): keyword arguments of `forward`, on the model's device.
         names (collection of `str`): qualified names of Linear or Conv1D modules.
-        observer (`str`, *optional*, defaults to `"mse"`): `"minmax"`, `"ema"`, `"percentile"`, `"mse"` or
+        observer (`str`, *optional*, defaults to `"minmax"`): `"minmax"`, `"ema"`, `"percentile"`, `"mse"` or
             `"entropy"`; see [`MinMax`], [`MovingAverageMinMax`] and [`HistogramObserver`].
         progress (callable, *optional*): called once for each batch.
 

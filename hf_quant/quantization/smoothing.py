@@ -22,9 +22,10 @@ def smooth(
     """Move the spread of activation channels into the weights that read them, as far as it helps each group.
 
     For each group the scales `s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)` (Xiao et al., 2023, "SmoothQuant", eq. 4)
-    are tried for `grid` values of alpha from 0 to 1, and none at all. What counts is the error of the layers' outputs
-    with weights and activations quantized, on 256 tokens, each relative to the token's own output: otherwise the few
-    tokens with giant activations, such as a language model's first one, would choose for all others.
+    are tried for `grid` values of alpha from 0 to 1, and none at all. What counts is the squared error of the layers'
+    outputs on 256 tokens, with weights and activations quantized. Behind a norm all tokens are of one size. Elsewhere
+    (up to down projection, values to attention output) each counts relative to its own output: otherwise the few with
+    giant activations, such as a language model's first one, would choose for all others.
 
     Args:
         model (`torch.nn.Module`): the float model; changed, and kept from changes of its function, as in [`equalize`].
@@ -66,7 +67,9 @@ def smooth(
             alpha = step / (grid - 1)
             scales = sound(inputs**alpha / most ** (1 - alpha), inputs * most) if step >= 0 else torch.ones_like(most)
             error = sum(
-                _error(rows_of(layer), factors_of(scales, columns), values, target, schemes[name])
+                _error(
+                    rows_of(layer), factors_of(scales, columns), values, target, schemes[name], group.kind == "linear"
+                )
                 for name, layer, columns, values, target in zip(
                     group.consumers, layers, group.columns, rows, exact, strict=True
                 )
@@ -78,11 +81,12 @@ def smooth(
     return apply_scales(model, batches[0], plan)
 
 
-def _error(weight: Tensor, factors: Tensor, rows: Tensor, exact: Tensor, scheme: Scheme) -> float:
-    """Sum over tokens of the output's squared error, each divided by the output's square."""
+def _error(weight: Tensor, factors: Tensor, rows: Tensor, exact: Tensor, scheme: Scheme, relative: bool) -> float:
+    """Sum over tokens of the output's squared error, divided by the output's square if `relative`."""
     scaled = dequantize_weight(*quantize_weight(weight.float() * factors, scheme.bits, scheme.group_size))
     inputs = _as_quantized(rows / factors, scheme)
-    return float(((inputs @ scaled.T - exact).square().sum(-1) / exact.square().sum(-1).clamp(min=1e-30)).sum())
+    errors = (inputs @ scaled.T - exact).square().sum(-1)
+    return float((errors / exact.square().sum(-1).clamp(min=1e-30) if relative else errors).sum())
 
 
 def _as_quantized(rows: Tensor, scheme: Scheme) -> Tensor:

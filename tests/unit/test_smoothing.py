@@ -48,36 +48,35 @@ def test_quantize_calls_it() -> None:
     assert torch.equal(logits(got), logits(expected))
 
 
-class Giant(nn.Module):
-    """A norm and a layer that reads it."""
+class Gated(nn.Module):
+    """The feed-forward block of a language model."""
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int) -> None:
         super().__init__()
-        torch.manual_seed(0)
-        self.norm = nn.LayerNorm(16, elementwise_affine=True)
-        self.layer = nn.Linear(16, 8)
-        with torch.no_grad():
-            self.norm.weight[3] = 40.0
+        torch.manual_seed(seed)
+        self.up, self.gate, self.down = nn.Linear(16, 64), nn.Linear(16, 64), nn.Linear(64, 16)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(self.norm(x))
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
 
 
-def _layer_error(model: Giant, rows: Tensor, scheme: str) -> Tensor:
-    """Relative error of each token's output."""
-    expected = model(rows)
-    got = quantize(model, scheme, [{"x": rows}], targets=["layer"], progress=False)(rows)
-    return ((got - expected).square().sum(-1) / expected.square().sum(-1)).detach().flatten()
+def _typical_error(model: Gated, rows: Tensor, reference: Tensor) -> float:
+    """Mean relative error of the outputs of all tokens but the first."""
+    got = quantize(model, "int8_dynamic", targets=["down"], progress=False)(rows)
+    errors = (got - reference).square().sum(-1) / reference.square().sum(-1)
+    return float(errors[0, 1:].mean())
 
 
-@pytest.mark.parametrize("scheme", ["int8_static", "int8_dynamic"])
-def test_typical_tokens_choose_and_not_the_giant_ones(scheme: str) -> None:
-    model, rows = Giant().eval(), torch.randn(1, 200, 16)
-    smoothed = copy.deepcopy(model)
-    assert list(smooth(smoothed, [{"x": rows}], {"layer": get_scheme(scheme)})) == ["norm"]
-    before, after = _layer_error(model, rows, scheme), _layer_error(smoothed, rows, scheme)
-    assert after.mean() < before.mean()
-    assert scheme == "int8_dynamic" or after.median() < 0.5 * before.median()
+def test_a_giant_token_does_not_choose_for_all_others() -> None:
+    ratios = []
+    for seed in range(5):
+        model, rows = Gated(seed).eval(), torch.randn(1, 200, 16)
+        rows[:, 0] *= 300
+        reference = model(rows).detach()
+        smoothed = copy.deepcopy(model)
+        smooth(smoothed, [{"x": rows}], {"down": get_scheme("int8_dynamic")})
+        ratios.append(_typical_error(smoothed, rows, reference) / _typical_error(model, rows, reference))
+    assert max(ratios) < 1.05, "by the sum of squares alone this was hundreds of times worse"
 
 
 def test_no_group_and_no_gain_leave_the_model_alone() -> None:
