@@ -45,8 +45,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "int4_weight_only, awq, gptq": {"scheme": "int4_weight_only", "equalize": "awq", "rounding": "gptq"},
 }
 WITHOUT_DATA = ("int8_dynamic", "int8_dynamic_symmetric", "int4_weight_only", "int4_weight_only, mse")
-SCHEMES = ("float", "int8_dynamic", "int8_dynamic_symmetric", "int8_weight_only", "int4_weight_only")
-SAMPLES, SEED, LENGTH = 128, 0, 512
+# The same for the language model; `None` is the float model. Equalization sees 8 windows of the validation text.
+SMOOTH: dict[str, Any] = {"scheme": "int8_dynamic", "equalize": "smoothquant"}
+SCHEMES: dict[str, dict[str, Any] | None] = {
+    "float": None,
+    "int8_dynamic": {"scheme": "int8_dynamic"},
+    "int8_dynamic, smoothquant": SMOOTH,
+    "int8_dynamic, smoothquant, down_proj weight-only": {**SMOOTH, "overrides": {"*.down_proj": "int8_weight_only"}},
+    "int8_dynamic_symmetric": {"scheme": "int8_dynamic_symmetric"},
+    "int8_weight_only": {"scheme": "int8_weight_only"},
+    "int4_weight_only": {"scheme": "int4_weight_only"},
+}
+SAMPLES, SEED, LENGTH, WINDOWS = 128, 0, 512, 8
 
 
 def calibration(task: str) -> Calibration:
@@ -142,6 +152,7 @@ def perplexities(schemes: list[str], tokens: int | None, redo: bool) -> None:
 
     from hf_quant.evaluation.perplexity import Perplexity, perplexity, perplexity_change
     from hf_quant.evaluation.sizes import model_size
+    from hf_quant.evaluation.windows import text_ids
 
     name = "post_training_perplexity"
     results = saved(name)
@@ -150,14 +161,18 @@ def perplexities(schemes: list[str], tokens: int | None, redo: bool) -> None:
     results.pop("machine", None)
     tokenizer = AutoTokenizer.from_pretrained(SMOLLM2)
     texts = Dataset.from_parquet(str(WIKITEXT))["text"][:]
+    other = text_ids(tokenizer, Dataset.from_parquet(str(WIKITEXT.with_name("validation.parquet")))["text"][:])
+    seen = [{"input_ids": other[None, i * LENGTH : (i + 1) * LENGTH]} for i in range(WINDOWS)]
     for scheme in ["float", *(scheme for scheme in schemes if scheme != "float")]:
         if not redo and scheme in results["schemes"]:
             continue
         start = time.perf_counter()
-        if scheme == "float":
+        arguments = SCHEMES[scheme]
+        if arguments is None:
             model = AutoModelForCausalLM.from_pretrained(SMOLLM2)
         else:
-            model = quantize(str(SMOLLM2), scheme, progress=False)
+            needed = seen if "equalize" in arguments else None
+            model = quantize(str(SMOLLM2), calibration=needed, progress=False, **arguments)
         seconds = time.perf_counter() - start
         found = perplexity(model, tokenizer, texts, length=LENGTH, max_tokens=tokens, progress=False)
         row = {

@@ -1,4 +1,6 @@
-"""Seconds and peak memory of preparing and converting a BERT-base shape (110M parameters).
+"""Seconds and peak memory of preparing, converting and quantizing a BERT-base shape (110M parameters).
+
+And of quantizing SmolLM2's shape (135M).
 
     python benchmarks/prepare_convert.py
 
@@ -14,7 +16,16 @@ import subprocess
 import sys
 import time
 
-STAGES = ("prepare", "convert", "quantize_dynamic", "quantize_dynamic, inplace")
+STAGES = (
+    "prepare",
+    "convert",
+    "int8_dynamic",
+    "int8_dynamic, in place",
+    "int4_weight_only, in place",
+    "SmolLM2, int8_dynamic",
+    "SmolLM2, int8_dynamic, in place",
+    "SmolLM2, int4_weight_only, in place",
+)
 RUNS = 3
 
 
@@ -24,7 +35,7 @@ def peak_bytes() -> int:
 
 def measure(stage: str) -> dict[str, float]:
     import torch
-    from transformers import BertConfig, BertForSequenceClassification
+    from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
     from hf_quant import quantize_dynamic
     from hf_quant.quantization.convert import convert_qat
@@ -42,8 +53,14 @@ def measure(stage: str) -> dict[str, float]:
     del small, state  # what libraries load and compile at their first use is not the model's
     before = peak_bytes()
     with torch.device("meta"):  # so that nothing but the weights themselves counts as the float model
-        model = BertForSequenceClassification(BertConfig())
+        if stage.startswith("SmolLM2"):
+            sizes = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+            heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
+            model = LlamaForCausalLM(LlamaConfig(**sizes, **heads))
+        else:
+            model = BertForSequenceClassification(BertConfig())
     model = model.to_empty(device="cpu")
+    model.tie_weights()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -60,8 +77,9 @@ def measure(stage: str) -> dict[str, float]:
         seconds = time.perf_counter() - start
         return result
 
-    if stage.startswith("quantize_dynamic"):
-        timed(quantize_dynamic, model, inplace=stage.endswith("inplace"), progress=False)
+    if "int" in stage:
+        name = next(part for part in stage.split(", ") if part.startswith("int"))
+        timed(quantize_dynamic, model, name, inplace=stage.endswith("in place"), progress=False)
     else:
         selection = select_modules(model)
         state = timed(prepare, model, get_scheme("int8_static"), selection)
@@ -88,8 +106,8 @@ def main() -> None:
             runs.append(json.loads(output.stdout.splitlines()[-1]))
         runs.sort(key=lambda run: run["seconds"])
         results[stage] = {"seconds": runs[RUNS // 2]["seconds"], "peak": runs[RUNS // 2]["peak"], "runs": runs}
-        print(f"{stage:28} {results[stage]['seconds']:.2f} s, peak {results[stage]['peak']:.2f} x the float model")
-    write("prepare_convert", {"model": "BERT-base shape", "stages": results})
+        print(f"{stage:36} {results[stage]['seconds']:.2f} s, peak {results[stage]['peak']:.2f} x the float model")
+    write("prepare_convert", {"models": "BERT-base and SmolLM2 shapes", "stages": results})
 
 
 if __name__ == "__main__":

@@ -109,6 +109,12 @@ def quantize(
     console().print(selection_table(chosen, Selection(kinds, {**selection.left, **back}, selection.schemes)))
     save_quantized(quantized, output, processing_class=processing_class(model), overwrite=overwrite)
     typer.echo(f"saved the {chosen.name} model to {output}")
+    if max_drop is not None:
+        from ..evaluation.guard_pages import guard_html, guard_markdown
+
+        (output / "guard.md").write_text(guard_markdown(quantized.guard_result), encoding="utf-8")
+        (output / "guard.html").write_text(guard_html(quantized.guard_result), encoding="utf-8")
+        typer.echo(f"what each layer costs: {output / 'guard.html'}")
     if task is not None:
         from ..evaluation.compare import compare as compare_models
 

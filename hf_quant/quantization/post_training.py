@@ -103,7 +103,8 @@ def quantize(
         kwargs: passed on to `from_pretrained` where `model` is a path.
 
     Returns:
-        the quantized model, in eval mode; its `save_pretrained` writes the compressed-tensors layout.
+        the quantized model, in eval mode; its `save_pretrained` writes the compressed-tensors layout. With `max_drop`,
+        its attribute `guard_result` is the [`GuardResult`].
 
     Raises:
         `ValueError`: for an unknown name, missing calibration data, a pattern that matches nothing, a model without a
@@ -172,6 +173,7 @@ def quantize(
         )  # fmt: skip
         if progress:
             print(result)
+        model.guard_result = result
     if not inplace:
         own_tensors(model)
     model.train(mode)

@@ -247,6 +247,9 @@ def test_quantize_with_calibration_overrides_and_the_guard(
     )  # fmt: skip
     assert code == 0, err
     assert "accuracy: float" in out, "the guard's table"
+    assert f"what each layer costs: {tmp_path / 'int8' / 'guard.html'}" in out
+    assert "<svg" in (tmp_path / "int8" / "guard.html").read_text()
+    assert "accuracy" in (tmp_path / "int8" / "guard.md").read_text()
     config = json.loads((tmp_path / "int8" / "config.json").read_text())["quantization_config"]
     assert any(r"\.key$" in name for name in config["ignore"])
     assert sorted(config["config_groups"]) == ["embedding", "layers_linear_int8_dynamic_int-quantized", "linear"]
