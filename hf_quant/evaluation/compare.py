@@ -101,7 +101,7 @@ def compare(
     Raises:
         `ValueError`: if the models, the task and the data do not fit together, or labels are missing.
     """
-    _check_numbers(batch_size, max_samples, latency_batch_size, latency_length)
+    check_numbers(batch_size, max_samples, latency_batch_size, latency_length)
     check_bootstrap(resamples, CONFIDENCE)
     if task is None and data is None:
         raise ValueError(
@@ -112,27 +112,27 @@ def compare(
             "`float_model` and `int8_model` are the same object, so nothing would differ. Keep the float model: "
             "quantize_dynamic(model) leaves it as it is unless `inplace=True`."
         )
-    chosen = None if task is None else _with_metrics(get_task(task), metrics)
-    splits = _load_splits(chosen, data)
-    pair = {"float": _load(float_model), "int8": _load(int8_model)}
-    _check_roles(pair)
+    chosen = None if task is None else with_metrics(get_task(task), metrics)
+    splits = load_splits(chosen, data)
+    pair = {"float": load_given(float_model), "int8": load_given(int8_model)}
+    check_roles(pair)
     check_models_agree(pair["float"].config, pair["int8"].config)
     if chosen is None:
         labels, metrics = pair["float"].config.num_labels, [metrics] if isinstance(metrics, str) else metrics
-        chosen = infer_task(next(iter(splits.values())), labels, metrics or (), name=_data_name(data))
+        chosen = infer_task(next(iter(splits.values())), labels, metrics or (), name=data_name(data))
     # The labels of every split before the first forward pass of any.
     labels_of = {name: read_labels(split, chosen, pair["int8"].config) for name, split in splits.items()}
     models = list(pair.values())
     places = [m for m in (float_model, int8_model) if not isinstance(m, PreTrainedModel)]
     tokenizer = find_tokenizer(processing_class, [*places, *(origin(model) for model in models)])
     limit = length_limit(tokenizer, models, max_length)
-    timed_length = _timed_length(latency_length, length_limit(tokenizer, models, None))
+    timed_length = find_timed_length(latency_length, length_limit(tokenizer, models, None))
 
     with evaluating(models, _device(float_model, int8_model, device)):
         results: list[SplitResult] = []
         encoded_first: list[Encoded] = []
         for name, split in splits.items():
-            rows = _sample_rows(len(split), max_samples, seed)
+            rows = sample_rows(len(split), max_samples, seed)
             encoded = encode_texts(split.select(rows), chosen, tokenizer, limit)
             encoded_first = encoded_first or encoded
             count = -(-len(encoded) // batch_size)
@@ -140,13 +140,13 @@ def compare(
                 logits = predict(pair, encoded, tokenizer, batch_size, advance)
             references, to_data = labels_of[name]
             with progress_bar(f"Bootstrap {chosen.name} {name}", resamples, progress) as advance:
-                result = _judge(chosen, name, len(split), logits, references[rows], to_data, resamples, seed, advance)
+                result = judge(chosen, name, len(split), logits, references[rows], to_data, resamples, seed, advance)
             results.append(result)
         layers = _layer_sqnr(pair, encoded_first, tokenizer, progress)
         latency = None
         if latency_batch_size is not None:
             example = encoded_first[0]["input_ids"]
-            latency = _latency(pair, latency_batch_size, timed_length, tokenizer, example, seed, progress)
+            latency = time_pair(pair, latency_batch_size, timed_length, tokenizer, example, seed, progress)
         return Comparison(
             task=chosen.name,
             problem_type=chosen.problem_type,
@@ -165,7 +165,7 @@ def compare(
         )
 
 
-def _judge(
+def judge(
     task: Task,
     split: str,
     rows: int,
@@ -243,7 +243,7 @@ def _same_weights(pair: dict[str, PreTrainedModel]) -> bool:
     )
 
 
-def _latency(
+def time_pair(
     pair: dict[str, PreTrainedModel],
     batch_size: int,
     length: int,
@@ -252,6 +252,7 @@ def _latency(
     seed: int,
     progress: bool,
 ) -> Latency:
+    """Time both models on random tokens, in turn."""
     model = pair["float"]
     padding = getattr(model.config, "pad_token_id", None)
     batch = random_batch(
@@ -266,9 +267,10 @@ def _latency(
         return measure_latency(model, pair["int8"], batch, advance)
 
 
-def _check_numbers(
+def check_numbers(
     batch_size: int, max_samples: int | None, latency_batch_size: int | None, latency_length: int | None
 ) -> None:
+    """Refuse counts below 1."""
     values = {
         "batch_size": batch_size,
         "max_samples": max_samples,
@@ -280,14 +282,16 @@ def _check_numbers(
             raise ValueError(f"`{name}` is {value}; it must be 1 or more.")
 
 
-def _with_metrics(task: Task, metrics: Sequence[str] | str | None) -> Task:
+def with_metrics(task: Task, metrics: Sequence[str] | str | None) -> Task:
+    """The task with other metrics, where some are given."""
     if metrics is None:
         return task
     wanted = (metrics,) if isinstance(metrics, str) else tuple(metrics)
     return replace(task, metrics=wanted, headline=task.headline if task.headline in wanted else "")
 
 
-def _load_splits(task: Task | None, data: Any) -> dict[str, Dataset]:
+def load_splits(task: Task | None, data: Any) -> dict[str, Dataset]:
+    """The labelled splits of a task, or of the data given."""
     if data is None and task is not None:
         return {split: load_task_data(task, split) for split in task.splits}
     dataset = load_data(data)
@@ -297,15 +301,18 @@ def _load_splits(task: Task | None, data: Any) -> dict[str, Dataset]:
     return {str(split or "data"): dataset}
 
 
-def _data_name(data: Any) -> str:
+def data_name(data: Any) -> str:
+    """What reports call data that came without a task."""
     return Path(data).stem if isinstance(data, (str, os.PathLike)) else "data"
 
 
-def _load(model: PreTrainedModel | str | os.PathLike[str]) -> PreTrainedModel:
+def load_given(model: PreTrainedModel | str | os.PathLike[str]) -> PreTrainedModel:
+    """The model itself, or the one in that folder."""
     return load_model(model) if isinstance(model, (str, os.PathLike)) else model
 
 
-def _check_roles(pair: dict[str, PreTrainedModel]) -> None:
+def check_roles(pair: dict[str, PreTrainedModel]) -> None:
+    """Refuse a quantized model in the float model's place."""
     if quantized_modules(pair["float"]):
         swapped = not quantized_modules(pair["int8"])
         raise ValueError(
@@ -326,7 +333,8 @@ def _device(
     return homes[0] if homes else torch.device("cpu")
 
 
-def _timed_length(wanted: int | None, limit: int | None) -> int:
+def find_timed_length(wanted: int | None, limit: int | None) -> int:
+    """Tokens of a timed sequence."""
     if wanted is None:
         return min(DEFAULT_LATENCY_LENGTH, limit or DEFAULT_LATENCY_LENGTH)
     if limit is not None and wanted > limit:
@@ -334,7 +342,8 @@ def _timed_length(wanted: int | None, limit: int | None) -> int:
     return wanted
 
 
-def _sample_rows(rows: int, max_samples: int | None, seed: int) -> np.ndarray:
+def sample_rows(rows: int, max_samples: int | None, seed: int) -> np.ndarray:
+    """Rows to judge on: all, or some drawn with a seed, in the order of the data."""
     if max_samples is None or max_samples >= rows:
         return np.arange(rows)
     # Drawn, not the first ones: files are often sorted by label. Sorted, so that the order stays that of the file.

@@ -9,13 +9,8 @@ from typing import TYPE_CHECKING
 from ..quantization.guard_results import signed
 from . import plots
 from . import wording as w
-from .html import _STYLE as STYLE
-from .html import _cells as cells
-from .html import _row as html_row
-from .html import _table as html_table
-from .markdown import _code as code
-from .markdown import _escape as escape_markdown
-from .markdown import _table as markdown_table
+from .html import STYLE, html_cells, html_row, html_table
+from .markdown import escape_markdown, markdown_code, markdown_table
 from .sweep_report import PLOT_STYLE, page
 
 if TYPE_CHECKING:
@@ -40,14 +35,14 @@ def guard_markdown(result: GuardResult) -> str:
     parts = [f"# {escape_markdown(_title(result))}", escape_markdown(_headline(result))]
     parts += [f"## {_CURVE_TITLE}", markdown_table(_curve_header(result), _curve_rows(result), slice(0, 3))]
     if result.sensitivity:
-        rows = [(code(values[0]), *values[1:]) for values in _layer_rows(result)]
+        rows = [(markdown_code(values[0]), *values[1:]) for values in _layer_rows(result)]
         parts += [f"## {_LAYERS_TITLE}", _LAYERS_WORDS, markdown_table(_LAYER_HEADER, rows, slice(1, 4))]
     return "\n\n".join(parts) + "\n"
 
 
 def guard_html(result: GuardResult) -> str:
     """The trade-off and the sensitivities as one HTML page with plots, which needs nothing else; see above."""
-    curve = [html_row(cells(values, slice(0, 3))) for values in _curve_rows(result)]
+    curve = [html_row(html_cells(values, slice(0, 3))) for values in _curve_rows(result)]
     sections = [
         f'<section><h2>{_CURVE_TITLE}</h2><p class="soft">The best model that was found with each number of layers in '
         f"float. The line is what was asked for.</p><figure>{plots.trade_off_plot(result.curve, _target(result))}"
@@ -55,7 +50,7 @@ def guard_html(result: GuardResult) -> str:
     ]
     if result.sensitivity:
         layers = [
-            html_row(f"<td><code>{escape(values[0])}</code></td>{cells(values[1:], slice(0, 3))}")
+            html_row(f"<td><code>{escape(values[0])}</code></td>{html_cells(values[1:], slice(0, 3))}")
             for values in _layer_rows(result)
         ]
         sections.append(

@@ -20,7 +20,7 @@ _DARK = """
 --page:#141413; --card:#1e1e1c; --ink:#f1efe9; --soft:#a9a69e; --line:#34332f; --float:#8d8a83; --int8:#5b98f2;
 --embeddings:#5b98f2; --linear:#2bb897; --rest:#dca234; --good:#4cc07c; --bad:#f0706c; --even:#cfccc4;
 """
-_STYLE = """
+STYLE = """
 .hfq { color-scheme:light dark; LIGHT background:var(--page); color:var(--ink);
   font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",sans-serif; padding:32px 20px; }
 @media (prefers-color-scheme:dark) { .hfq { DARK } }
@@ -83,14 +83,14 @@ def fragment(comparison: Figures) -> str:
     """The report as one element with its style, for a notebook."""
     sections = [_quality(comparison, split) for split in comparison.splits]
     sections += [_size(comparison), _latency(comparison), _layers(comparison)]
-    sections.append(f"<section><h2>How it was measured</h2>{_bullets(w.method(comparison))}</section>")
+    sections.append(f"<section><h2>How it was measured</h2>{html_bullets(w.method(comparison))}</section>")
     models = "".join(
         f"<dt>{role}</dt><dd><code>{escape(model.name)}</code> "
         f'<span class="soft">{escape(w.model_words(model))}</span></dd>'
         for role, model in (("float", comparison.float_model), ("int8", comparison.int8_model))
     )
     return (
-        f'<div class="hfq"><style>{_STYLE}</style><main>\n'
+        f'<div class="hfq"><style>{STYLE}</style><main>\n'
         f"<h1>{escape(comparison.task)}: float against int8</h1>\n<p>{escape(w.headline(comparison))}</p>\n"
         f'<dl class="models">{models}</dl>\n{_tiles(comparison)}\n' + "\n".join(sections) + "\n</main></div>"
     )
@@ -148,8 +148,8 @@ def _quality(comparison: Figures, split: SplitResult) -> str:
             w.interval(metric, split.samples),
         )
         verdict = escape(w.verdict(metric, comparison.confidence))
-        row = f'{_cells(cells, slice(1, 5))}<td class="{w.outcome(metric)}">{verdict}</td>'
-        rows.append(_row(row, key=metric.name == comparison.headline))
+        row = f'{html_cells(cells, slice(1, 5))}<td class="{w.outcome(metric)}">{verdict}</td>'
+        rows.append(html_row(row, key=metric.name == comparison.headline))
     header = ("points of 100", "float", "int8", "delta", f"{w.percent(comparison.confidence)} interval", "")
     lines = w.readings(split, comparison.confidence)
     if split.agreement is not None:
@@ -161,13 +161,13 @@ def _quality(comparison: Figures, split: SplitResult) -> str:
         f"{w.sample_count(split, comparison.seed)}. The line is the {w.percent(comparison.confidence)} interval of "
         "the change; where it crosses zero, no difference was seen.</p>"
         f"<figure>{plots.delta_plot([split], comparison.confidence)}</figure>"
-        f"{_table(header, rows, slice(1, 5))}{_bullets(lines)}</section>"
+        f"{html_table(header, rows, slice(1, 5))}{html_bullets(lines)}</section>"
     )
 
 
 def _size(comparison: Figures) -> str:
     rows = [
-        _row(_cells((name, w.megabytes(a), w.megabytes(b), w.ratio(a, b)), slice(1, 4)), key=name == "total")
+        html_row(html_cells((name, w.megabytes(a), w.megabytes(b), w.ratio(a, b)), slice(1, 4)), key=name == "total")
         for name, a, b in size_rows(comparison)
     ]
     legend = "".join(f'<span><i style="background:var(--{kind})"></i>{kind}</span>' for kind in plots.KINDS)
@@ -175,7 +175,7 @@ def _size(comparison: Figures) -> str:
         f"<section><h2>Size: {w.smaller(comparison)}</h2>"
         f"<figure>{plots.size_plot(comparison.float_model.size, comparison.int8_model.size)}"
         f'<figcaption class="legend">{legend}</figcaption></figure>'
-        f"{_table(('MB', 'float', 'int8', 'float / int8'), rows, slice(1, 4))}</section>"
+        f"{html_table(('MB', 'float', 'int8', 'float / int8'), rows, slice(1, 4))}</section>"
     )
 
 
@@ -196,29 +196,35 @@ def _layers(comparison: Figures) -> str:
         return ""
     lowest = sorted(layers, key=lambda item: item[1])[:LOWEST_LAYERS]
     intro = "All int8 layers" if len(layers) == len(lowest) else f"{len(lowest)} of {len(layers)} int8 layers"
-    rows = [_row(f"<td><code>{escape(n)}</code></td>{_cells((w.decibels(v),), slice(0, 1))}") for n, v in layers]
+    rows = [
+        html_row(f"<td><code>{escape(n)}</code></td>{html_cells((w.decibels(v),), slice(0, 1))}") for n, v in layers
+    ]
     return (
         f'<section><h2>Error by layer</h2><p class="soft">{intro}, least exact first. Signal over quantization noise '
         "of each layer's output, in decibels; higher is closer to float.</p>"
         f"<figure>{plots.sqnr_plot(lowest)}</figure><details><summary>All {len(layers)} layers in the order of the "
-        f"model</summary>{_table(('layer', 'SQNR, dB'), rows, slice(1, 2))}</details></section>"
+        f"model</summary>{html_table(('layer', 'SQNR, dB'), rows, slice(1, 2))}</details></section>"
     )
 
 
-def _table(header: Sequence[str], rows: Iterable[str], numbers: slice) -> str:
-    head = _cells(header, numbers, "th")
+def html_table(header: Sequence[str], rows: Iterable[str], numbers: slice) -> str:
+    """A table; `numbers` are the columns set to the right."""
+    head = html_cells(header, numbers, "th")
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
-def _row(cells: str, key: bool = False) -> str:
+def html_row(cells: str, key: bool = False) -> str:
+    """A row; `key` sets it in bold."""
     return f'<tr class="key">{cells}</tr>' if key else f"<tr>{cells}</tr>"
 
 
-def _cells(values: Sequence[str], numbers: slice, tag: str = "td") -> str:
+def html_cells(values: Sequence[str], numbers: slice, tag: str = "td") -> str:
+    """The cells of a row, escaped."""
     right = set(range(len(values))[numbers])
     kinds = [' class="n"' if i in right else "" for i in range(len(values))]
     return "".join(f"<{tag}{kind}>{escape(value)}</{tag}>" for kind, value in zip(kinds, values, strict=True))
 
 
-def _bullets(lines: Iterable[str]) -> str:
+def html_bullets(lines: Iterable[str]) -> str:
+    """A list, escaped."""
     return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"

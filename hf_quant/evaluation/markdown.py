@@ -18,15 +18,18 @@ def document(comparison: Figures) -> str:
     """The whole report."""
     models = (("float", comparison.float_model), ("int8", comparison.int8_model))
     parts = [
-        f"# {_escape(comparison.task)}: float against int8",
-        _escape(w.headline(comparison)),
-        "\n".join(f"- {role}: {_code(model.name)} ({_escape(w.model_words(model))})" for role, model in models),
+        f"# {escape_markdown(comparison.task)}: float against int8",
+        escape_markdown(w.headline(comparison)),
+        "\n".join(
+            f"- {role}: {markdown_code(model.name)} ({escape_markdown(w.model_words(model))})"
+            for role, model in models
+        ),
     ]
     for split in comparison.splits:
         parts += [
-            f"## Quality on {_escape(split.split)}",
+            f"## Quality on {escape_markdown(split.split)}",
             f"{w.sample_count(split, comparison.seed)}; points of 100.",
-            _table(
+            markdown_table(
                 ("metric", "float", "int8", "delta", f"{w.percent(comparison.confidence)} interval", ""),
                 (
                     (
@@ -47,9 +50,9 @@ def document(comparison: Figures) -> str:
             lines.insert(0, w.agreement_words(split.agreement, split.samples))
         elif split.deviation is not None:
             lines.insert(0, w.deviation_words(split))
-        parts.append("\n".join(f"- {_escape(line)}" for line in lines))
+        parts.append("\n".join(f"- {escape_markdown(line)}" for line in lines))
     sizes = ((n, w.megabytes(a), w.megabytes(b), w.ratio(a, b)) for n, a, b in size_rows(comparison))
-    parts += ["## Size", _table(("MB", "float", "int8", "float / int8"), sizes, numbers=slice(1, 4))]
+    parts += ["## Size", markdown_table(("MB", "float", "int8", "float / int8"), sizes, numbers=slice(1, 4))]
     latency = comparison.latency
     if latency is not None:
         times = (
@@ -57,30 +60,35 @@ def document(comparison: Figures) -> str:
             ("p95", w.significant(latency.float_p95), w.significant(latency.int8_p95), ""),
         )
         conditions = w.latency_conditions(latency).capitalize() + "."
-        parts += ["## Latency", conditions, _table(("ms", "float", "int8", ""), times, numbers=slice(1, 3))]
+        parts += ["## Latency", conditions, markdown_table(("ms", "float", "int8", ""), times, numbers=slice(1, 3))]
     if comparison.layer_sqnr:
         lowest = sorted(comparison.layer_sqnr.items(), key=lambda item: item[1])[:LOWEST_LAYERS]
         parts += [
             "## Error by layer",
             f"The {len(lowest)} least exact of {len(comparison.layer_sqnr)} int8 layers.",
-            _table(("layer", "SQNR, dB"), ((_code(n), w.decibels(v)) for n, v in lowest), numbers=slice(1, 2)),
+            markdown_table(
+                ("layer", "SQNR, dB"), ((markdown_code(n), w.decibels(v)) for n, v in lowest), numbers=slice(1, 2)
+            ),
         ]
-    parts += ["## How it was measured", "\n".join(f"- {_escape(line)}" for line in w.method(comparison))]
+    parts += ["## How it was measured", "\n".join(f"- {escape_markdown(line)}" for line in w.method(comparison))]
     return "\n\n".join(parts) + "\n"
 
 
-def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]], numbers: slice) -> str:
+def markdown_table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]], numbers: slice) -> str:
+    """A table; `numbers` are the columns set to the right."""
     right = set(range(len(header))[numbers])
     rule = ["---:" if column in right else "---" for column in range(len(header))]
     cells = [header, rule, *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells)
 
 
-def _code(name: str) -> str:
+def markdown_code(name: str) -> str:
+    """A name set as code."""
     return f"`{name.replace('`', '')}`"
 
 
-def _escape(text: str) -> str:
+def escape_markdown(text: str) -> str:
+    """A text that Markdown leaves as it is."""
     for character in "\\`*_<>#":
         text = text.replace(character, "\\" + character)
     return text

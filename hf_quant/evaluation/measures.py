@@ -13,12 +13,7 @@ from transformers import PreTrainedModel
 from ..progress import progress_bar
 from ..quantization.calibration import Calibration
 from ..texts import length_limit
-from .compare import CONFIDENCE
-from .compare import _data_name as data_name
-from .compare import _judge as judge
-from .compare import _load_splits as load_splits
-from .compare import _sample_rows as sample_rows
-from .compare import _with_metrics as with_metrics
+from .compare import CONFIDENCE, data_name, judge, load_splits, sample_rows, with_metrics
 from .labels import read_labels
 from .perplexity import DEFAULT_BATCH_SIZE, Perplexity, perplexity_change, perplexity_of_ids, require_causal
 from .predict import Encoded, encode_texts, predict

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from ..progress import progress_bar
 from .predict import evaluating, forward_arguments
 from .results import Interval
-from .statistics import _chunks, _percentiles, check_bootstrap
+from .statistics import check_bootstrap, percentile_interval, resample_chunks
 from .windows import DEFAULT_LENGTH, Window, check_length, text_ids, windows
 
 if TYPE_CHECKING:
@@ -225,11 +225,11 @@ def perplexity_change(
     tokens = np.asarray(before.window_tokens, dtype=np.float64)
     rng = np.random.default_rng(seed)
     found = []
-    for size in _chunks(resamples, count):
+    for size in resample_chunks(resamples, count):
         drawn = rng.multinomial(count, np.full(count, 1.0 / count), size=size)
         # Bounded, so that the changes of a model that is broken stay numbers.
         found.append(np.expm1(np.minimum(drawn @ rises / (drawn @ tokens), 700.0)))
-    return change, _percentiles(np.concatenate(found), confidence)
+    return change, percentile_interval(np.concatenate(found), confidence)
 
 
 def _exp(nats: float) -> float:

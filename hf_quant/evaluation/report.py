@@ -46,7 +46,7 @@ class Comparison(Figures):
         Numbers that JSON does not have are the strings `"nan"`, `"inf"` and `"-inf"`.
         """
         text = json.dumps({"schema": SCHEMA, **encode(self)}, indent=2, ensure_ascii=False, allow_nan=False)
-        return _write(text + "\n", path)
+        return write_text_file(text + "\n", path)
 
     @classmethod
     def from_json(cls, source: str | os.PathLike[str]) -> Comparison:
@@ -76,13 +76,13 @@ class Comparison(Figures):
         """The report as GitHub-flavoured Markdown; written to `path` where one is given."""
         from .markdown import document
 
-        return _write(document(self), path)
+        return write_text_file(document(self), path)
 
     def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
         """The report as one HTML file with plots, which needs nothing else; written to `path` where one is given."""
         from .html import document
 
-        return _write(document(self), path)
+        return write_text_file(document(self), path)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `report.json`, `report.md` and `report.html` into a folder, which is made if it is not there."""
@@ -95,10 +95,11 @@ class Comparison(Figures):
         }
         directory.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
-            _write(text, directory / name)
+            write_text_file(text, directory / name)
 
 
-def _write(text: str, path: str | os.PathLike[str] | None) -> str:
+def write_text_file(text: str, path: str | os.PathLike[str] | None) -> str:
+    """Write a text where a path is given, and return it."""
     if path is not None:
         Path(path).write_text(text, encoding="utf-8")
     return text

@@ -71,7 +71,7 @@ def paired_bootstrap(
             deltas[name].append(chunk[name])
         if progress is not None:
             progress(len(chunk[metrics[0]]))
-    return {name: _percentiles(np.concatenate(deltas[name]), confidence) for name in metrics}
+    return {name: percentile_interval(np.concatenate(deltas[name]), confidence) for name in metrics}
 
 
 def check_bootstrap(resamples: int, confidence: float) -> None:
@@ -86,7 +86,8 @@ def check_bootstrap(resamples: int, confidence: float) -> None:
         raise ValueError(f"`confidence` is {confidence}; allowed: between 0 and 1, such as 0.95.")
 
 
-def _percentiles(deltas: np.ndarray, confidence: float) -> Interval:
+def percentile_interval(deltas: np.ndarray, confidence: float) -> Interval:
+    """The interval between two percentiles of resampled differences, without undefined ones."""
     defined = deltas[~np.isnan(deltas)]
     if not defined.size:
         return Interval(math.nan, math.nan, undefined=deltas.size)
@@ -95,7 +96,8 @@ def _percentiles(deltas: np.ndarray, confidence: float) -> Interval:
     return Interval(float(low), float(high), undefined=deltas.size - defined.size)
 
 
-def _chunks(resamples: int, width: int) -> Iterator[int]:
+def resample_chunks(resamples: int, width: int) -> Iterator[int]:
+    """How many resamples to draw at a time, so that memory stays small."""
     size = max(1, min(resamples, _CHUNK_CELLS // max(1, width)))
     for start in range(0, resamples, size):
         yield min(size, resamples - start)
@@ -115,7 +117,7 @@ def _resample_classes(
     triples = np.stack([references, float_predictions, int8_predictions], axis=1)
     kinds, counts = np.unique(triples, axis=0, return_counts=True)
     n = len(references)
-    for size in _chunks(resamples, len(kinds)):
+    for size in resample_chunks(resamples, len(kinds)):
         drawn = rng.multinomial(n, counts / n, size=size)
         before = class_metrics(metrics, drawn, kinds[:, 1], kinds[:, 0])
         after = class_metrics(metrics, drawn, kinds[:, 2], kinds[:, 0])
@@ -132,7 +134,7 @@ def _resample_numbers(
     rng: np.random.Generator,
 ) -> Iterator[dict[str, np.ndarray]]:
     n = len(references)
-    for size in _chunks(resamples, n):
+    for size in resample_chunks(resamples, n):
         drawn = rng.integers(0, n, size=(size, n), dtype=np.int64)
         drawn += np.arange(size)[:, None] * n  # one row of bins a resample
         counts = np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n)

@@ -15,12 +15,7 @@ from ..quantization.post_training import quantize
 from ..runtime.base import quantized_modules
 from ..schemes import Scheme, get_scheme
 from ..texts import find_tokenizer, length_limit
-from .compare import CONFIDENCE
-from .compare import _check_numbers as check_numbers
-from .compare import _check_roles as check_roles
-from .compare import _latency as timed
-from .compare import _load as load
-from .compare import _timed_length as timed_length
+from .compare import CONFIDENCE, check_numbers, check_roles, find_timed_length, load_given, time_pair
 from .labels import check_models_agree
 from .measures import Bootstrap, Examples, Texts, examples
 from .measures import texts as windows_of
@@ -119,7 +114,7 @@ def compare_schemes(
             "Give one thing to measure on: `task=` (one of "
             f"{', '.join(GLUE_TASKS)}) or `data=` for a classifier, or `texts=` for a causal language model."
         )
-    float_model = load(model)
+    float_model = load_given(model)
     check_roles({"float": float_model, "int8": float_model})
     places = [origin(float_model) if isinstance(model, PreTrainedModel) else model]
     tokenizer = find_tokenizer(processing_class, places)
@@ -138,7 +133,7 @@ def compare_schemes(
     found, words = None, ""
     if calibration is not None or any(_needs_data(scheme, options) for scheme, options in variants.values()):
         found, words = measure.calibration(calibration, samples)
-    length = timed_length(latency_length, length_limit(tokenizer, [float_model], None))
+    length = find_timed_length(latency_length, length_limit(tokenizer, [float_model], None))
 
     rows: list[SchemeResult] = []
     failed: dict[str, str] = {}
@@ -203,7 +198,7 @@ def compare_perplexity(
     check_bootstrap(resamples, CONFIDENCE)
     if float_model is quantized_model:
         raise ValueError("`float_model` and `quantized_model` are the same object, so nothing would differ.")
-    pair = {"float": load(float_model), "int8": load(quantized_model)}
+    pair = {"float": load_given(float_model), "int8": load_given(quantized_model)}
     check_roles(pair)
     check_models_agree(pair["float"].config, pair["int8"].config)
     given = [m for m in (float_model, quantized_model) if not isinstance(m, PreTrainedModel)]
@@ -218,7 +213,7 @@ def compare_perplexity(
         bootstrap=Bootstrap(resamples, seed),
         progress=progress,
     )
-    tokens = timed_length(latency_length, length_limit(tokenizer, list(pair.values()), None))
+    tokens = find_timed_length(latency_length, length_limit(tokenizer, list(pair.values()), None))
     with evaluating(list(pair.values()), torch.device(device or pair["int8"].device)):
         before = measure.measure("float", pair["float"])
         row = _row("quantized", "", {}, None, measure, before, pair["float"], pair["int8"], latency_batch_size, tokens)
@@ -243,7 +238,7 @@ def _row(
     if latency_batch_size is not None:
         pair = {"float": float_model, "int8": quantized}
         seed, tokenizer = measure.bootstrap.seed, measure.tokenizer
-        latency = timed(pair, latency_batch_size, length, tokenizer, measure.example, seed, measure.progress)
+        latency = time_pair(pair, latency_batch_size, length, tokenizer, measure.example, seed, measure.progress)
     return SchemeResult(
         label=label,
         scheme=scheme,

@@ -12,16 +12,9 @@ from typing import TYPE_CHECKING
 from . import plots
 from . import sweep_wording as s
 from . import wording as w
-from .html import _STYLE as STYLE
-from .html import _bullets as bullets
-from .html import _cells as cells
-from .html import _row as html_row
-from .html import _table as html_table
-from .markdown import _code as code
-from .markdown import _escape as escape_markdown
-from .markdown import _table as markdown_table
-from .report import TEXT_WIDTH
-from .report import _write as write
+from .html import STYLE, html_bullets, html_cells, html_row, html_table
+from .markdown import escape_markdown, markdown_code, markdown_table
+from .report import TEXT_WIDTH, write_text_file
 from .results import decode, encode
 from .sweep_results import PERPLEXITY, SweepFigures
 
@@ -58,7 +51,7 @@ class Sweep(SweepFigures):
         Numbers that JSON does not have are the strings `"nan"`, `"inf"` and `"-inf"`.
         """
         text = json.dumps({"schema": SCHEMA, **encode(self)}, indent=2, ensure_ascii=False, allow_nan=False)
-        return write(text + "\n", path)
+        return write_text_file(text + "\n", path)
 
     @classmethod
     def from_json(cls, source: str | os.PathLike[str]) -> Sweep:
@@ -86,11 +79,11 @@ class Sweep(SweepFigures):
 
     def to_markdown(self, path: str | os.PathLike[str] | None = None) -> str:
         """The report as GitHub-flavoured Markdown; written to `path` where one is given."""
-        return write(_markdown(self), path)
+        return write_text_file(_markdown(self), path)
 
     def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
         """The report as one HTML file with its picture, which needs nothing else; written to `path` if given."""
-        return write(page(s.title(self), _fragment(self)), path)
+        return write_text_file(page(s.title(self), _fragment(self)), path)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `report.json`, `report.md` and `report.html` into a folder, which is made if it is not there."""
@@ -98,7 +91,7 @@ class Sweep(SweepFigures):
         files = {"report.json": self.to_json(), "report.md": self.to_markdown(), "report.html": self.to_html()}
         directory.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
-            write(text, directory / name)
+            write_text_file(text, directory / name)
 
 
 def page(title: str, fragment: str) -> str:
@@ -141,20 +134,22 @@ def _renderable(sweep: SweepFigures) -> RenderableType:
 
 def _markdown(sweep: SweepFigures) -> str:
     header = tuple(s.table_header(sweep))
-    lines = [(code(values[0]), *values[1:]) for values, _ in s.table_rows(sweep)]
+    lines = [(markdown_code(values[0]), *values[1:]) for values, _ in s.table_rows(sweep)]
     parts = [
         f"# {escape_markdown(s.title(sweep))}",
         escape_markdown(s.headline_words(sweep)),
-        f"- float: {code(sweep.float_model.name)} ({escape_markdown(w.model_words(sweep.float_model))})",
+        f"- float: {markdown_code(sweep.float_model.name)} ({escape_markdown(w.model_words(sweep.float_model))})",
         markdown_table(header, lines, slice(1, None)),
     ]
     if sweep.failed:
-        failed = [f"- {code(label)} failed: {escape_markdown(reason)}" for label, reason in sweep.failed.items()]
+        failed = [
+            f"- {markdown_code(label)} failed: {escape_markdown(reason)}" for label, reason in sweep.failed.items()
+        ]
         parts.append("\n".join(failed))
     if len(sweep.rows[0].changes) > 1:
-        rows = ((code(values[0]), *values[1:]) for values, _ in s.metric_rows(sweep))
+        rows = ((markdown_code(values[0]), *values[1:]) for values, _ in s.metric_rows(sweep))
         parts += ["## All metrics", markdown_table(s.METRIC_HEADER, rows, slice(2, 6))]
-    sizes = ((code(values[0]), *values[1:]) for values in s.size_rows(sweep))
+    sizes = ((markdown_code(values[0]), *values[1:]) for values in s.size_rows(sweep))
     parts += ["## Size", markdown_table(s.SIZE_HEADER, sizes, slice(1, 7))]
     parts += ["## How it was measured", "\n".join(f"- {escape_markdown(line)}" for line in s.method_words(sweep))]
     return "\n\n".join(parts) + "\n"
@@ -175,7 +170,7 @@ def _fragment(sweep: SweepFigures) -> str:
     rows = []
     for values, outcome in s.table_rows(sweep):
         marked = f'<td class="n {outcome}">{escape(values[2])}</td><td class="n {outcome}">{escape(values[3])}</td>'
-        rows.append(html_row(cells(values[:2], slice(1, 2)) + marked + cells(values[4:], slice(0, None))))
+        rows.append(html_row(html_cells(values[:2], slice(1, 2)) + marked + html_cells(values[4:], slice(0, None))))
     lower = "Lower is better. " if headline == PERPLEXITY else ""
     sections = [
         f'<section><h2>Size, quality and speed</h2><p class="soft">Change of {escape(s.metric_name(headline))} '
@@ -183,17 +178,17 @@ def _fragment(sweep: SweepFigures) -> str:
         "beyond chance; green: better.</p>"
         f"<figure>{plots.scheme_plot(points, s.unit(headline), sweep.confidence)}</figure>"
         f"{html_table(header, rows, slice(1, None))}"
-        + (bullets(f"{label} failed: {reason}" for label, reason in sweep.failed.items()) if sweep.failed else "")
+        + (html_bullets(f"{label} failed: {reason}" for label, reason in sweep.failed.items()) if sweep.failed else "")
         + "</section>"
     ]
     if len(sweep.rows[0].changes) > 1:
-        lines = [html_row(cells(values, slice(2, 6))) for values, _ in s.metric_rows(sweep)]
+        lines = [html_row(html_cells(values, slice(2, 6))) for values, _ in s.metric_rows(sweep)]
         sections.append(f"<section><h2>All metrics</h2>{html_table(s.METRIC_HEADER, lines, slice(2, 6))}</section>")
-    sizes = [html_row(cells(values, slice(1, 7))) for values in s.size_rows(sweep)]
+    sizes = [html_row(html_cells(values, slice(1, 7))) for values in s.size_rows(sweep)]
     sections.append(
         f"<section><h2>Size by kind of layer</h2>{html_table(s.SIZE_HEADER, sizes, slice(1, 7))}</section>"
     )
-    sections.append(f"<section><h2>How it was measured</h2>{bullets(s.method_words(sweep))}</section>")
+    sections.append(f"<section><h2>How it was measured</h2>{html_bullets(s.method_words(sweep))}</section>")
     model = sweep.float_model
     return (
         f'<div class="hfq"><style>{STYLE}{PLOT_STYLE}</style><main>\n<h1>{escape(s.title(sweep))}</h1>\n'

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from hf_quant import compare, quantize_dynamic, save_quantized
-from hf_quant.evaluation.compare import _sample_rows
+from hf_quant.evaluation.compare import sample_rows
 from hf_quant.evaluation.metrics import compute_metrics
 from hf_quant.evaluation.predict import encode_texts, predict
 from hf_quant.evaluation.report import Comparison
@@ -158,7 +158,7 @@ def test_max_samples_draws_with_the_seed(pair: Any, tokenizer: PreTrainedTokeniz
     assert drawn[0] == drawn[1]
     assert drawn[0].splits != drawn[2].splits
     assert (drawn[0].splits[0].samples, drawn[0].splits[0].rows) == (20, 48)
-    rows = _sample_rows(48, 20, seed=0)
+    rows = sample_rows(48, 20, seed=0)
     assert len(set(rows.tolist())) == 20
     assert rows.tolist() == sorted(rows)
     first = data.select(range(20))
