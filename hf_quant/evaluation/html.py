@@ -73,7 +73,7 @@ def document(comparison: Figures) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
-        f"<title>{escape(comparison.task)}: float against int8</title>"
+        f"<title>{escape(comparison.task)}: float against quantized</title>"
         f"<style>body {{ margin:0; }} body .hfq {{ min-height:100vh; box-sizing:border-box; }}</style></head>\n"
         f"<body>{fragment(comparison)}</body></html>\n"
     )
@@ -87,11 +87,11 @@ def fragment(comparison: Figures) -> str:
     models = "".join(
         f"<dt>{role}</dt><dd><code>{escape(model.name)}</code> "
         f'<span class="soft">{escape(w.model_words(model))}</span></dd>'
-        for role, model in (("float", comparison.float_model), ("int8", comparison.int8_model))
+        for role, model in (("float", comparison.float_model), ("quantized", comparison.int8_model))
     )
     return (
         f'<div class="hfq"><style>{STYLE}</style><main>\n'
-        f"<h1>{escape(comparison.task)}: float against int8</h1>\n<p>{escape(w.headline(comparison))}</p>\n"
+        f"<h1>{escape(comparison.task)}: float against quantized</h1>\n<p>{escape(w.headline(comparison))}</p>\n"
         f'<dl class="models">{models}</dl>\n{_tiles(comparison)}\n' + "\n".join(sections) + "\n</main></div>"
     )
 
@@ -110,7 +110,7 @@ def _tiles(comparison: Figures) -> str:
             w.smaller(comparison),
             f"{w.megabytes(comparison.float_model.size.total)} MB to "
             f"{w.megabytes(comparison.int8_model.size.total)} MB",
-            f"{comparison.int8_model.int8_layers} int8 layers",
+            f"{comparison.int8_model.int8_layers} quantized layers",
         ),
     ]
     latency = comparison.latency
@@ -150,7 +150,7 @@ def _quality(comparison: Figures, split: SplitResult) -> str:
         verdict = escape(w.verdict(metric, comparison.confidence))
         row = f'{html_cells(cells, slice(1, 5))}<td class="{w.outcome(metric)}">{verdict}</td>'
         rows.append(html_row(row, key=metric.name == comparison.headline))
-    header = ("points of 100", "float", "int8", "delta", f"{w.percent(comparison.confidence)} interval", "")
+    header = ("points of 100", "float", "quantized", "delta", f"{w.percent(comparison.confidence)} interval", "")
     lines = w.readings(split, comparison.confidence)
     if split.agreement is not None:
         lines.insert(0, w.agreement_words(split.agreement, split.samples))
@@ -175,7 +175,7 @@ def _size(comparison: Figures) -> str:
         f"<section><h2>Size: {w.smaller(comparison)}</h2>"
         f"<figure>{plots.size_plot(comparison.float_model.size, comparison.int8_model.size)}"
         f'<figcaption class="legend">{legend}</figcaption></figure>'
-        f"{html_table(('MB', 'float', 'int8', 'float / int8'), rows, slice(1, 4))}</section>"
+        f"{html_table(('MB', 'float', 'quantized', 'float / quantized'), rows, slice(1, 4))}</section>"
     )
 
 
@@ -195,7 +195,9 @@ def _layers(comparison: Figures) -> str:
     if not layers:
         return ""
     lowest = sorted(layers, key=lambda item: item[1])[:LOWEST_LAYERS]
-    intro = "All int8 layers" if len(layers) == len(lowest) else f"{len(lowest)} of {len(layers)} int8 layers"
+    intro = (
+        "All quantized layers" if len(layers) == len(lowest) else f"{len(lowest)} of {len(layers)} quantized layers"
+    )
     rows = [
         html_row(f"<td><code>{escape(n)}</code></td>{html_cells((w.decibels(v),), slice(0, 1))}") for n, v in layers
     ]

@@ -16,9 +16,9 @@ LOWEST_LAYERS = 10
 
 def document(comparison: Figures) -> str:
     """The whole report."""
-    models = (("float", comparison.float_model), ("int8", comparison.int8_model))
+    models = (("float", comparison.float_model), ("quantized", comparison.int8_model))
     parts = [
-        f"# {escape_markdown(comparison.task)}: float against int8",
+        f"# {escape_markdown(comparison.task)}: float against quantized",
         escape_markdown(w.headline(comparison)),
         "\n".join(
             f"- {role}: {markdown_code(model.name)} ({escape_markdown(w.model_words(model))})"
@@ -30,7 +30,7 @@ def document(comparison: Figures) -> str:
             f"## Quality on {escape_markdown(split.split)}",
             f"{w.sample_count(split, comparison.seed)}; points of 100.",
             markdown_table(
-                ("metric", "float", "int8", "delta", f"{w.percent(comparison.confidence)} interval", ""),
+                ("metric", "float", "quantized", "delta", f"{w.percent(comparison.confidence)} interval", ""),
                 (
                     (
                         w.METRIC_NAMES.get(metric.name, metric.name),
@@ -52,7 +52,7 @@ def document(comparison: Figures) -> str:
             lines.insert(0, w.deviation_words(split))
         parts.append("\n".join(f"- {escape_markdown(line)}" for line in lines))
     sizes = ((n, w.megabytes(a), w.megabytes(b), w.ratio(a, b)) for n, a, b in size_rows(comparison))
-    parts += ["## Size", markdown_table(("MB", "float", "int8", "float / int8"), sizes, numbers=slice(1, 4))]
+    parts += ["## Size", markdown_table(("MB", "float", "quantized", "float / quantized"), sizes, numbers=slice(1, 4))]
     latency = comparison.latency
     if latency is not None:
         times = (
@@ -60,12 +60,16 @@ def document(comparison: Figures) -> str:
             ("p95", w.significant(latency.float_p95), w.significant(latency.int8_p95), ""),
         )
         conditions = w.latency_conditions(latency).capitalize() + "."
-        parts += ["## Latency", conditions, markdown_table(("ms", "float", "int8", ""), times, numbers=slice(1, 3))]
+        parts += [
+            "## Latency",
+            conditions,
+            markdown_table(("ms", "float", "quantized", ""), times, numbers=slice(1, 3)),
+        ]
     if comparison.layer_sqnr:
         lowest = sorted(comparison.layer_sqnr.items(), key=lambda item: item[1])[:LOWEST_LAYERS]
         parts += [
             "## Error by layer",
-            f"The {len(lowest)} least exact of {len(comparison.layer_sqnr)} int8 layers.",
+            f"The {len(lowest)} least exact of {len(comparison.layer_sqnr)} quantized layers.",
             markdown_table(
                 ("layer", "SQNR, dB"), ((markdown_code(n), w.decibels(v)) for n, v in lowest), numbers=slice(1, 2)
             ),

@@ -63,10 +63,10 @@ def delta_plot(splits: Sequence[SplitResult], confidence: float) -> str:
 
 
 def size_plot(float_size: ModelSize, int8_size: ModelSize) -> str:
-    """Bytes by kind, float above int8."""
+    """Bytes by kind, float above quantized."""
     longest = max(float_size.total, int8_size.total, 1)
     parts = []
-    for i, (name, size) in enumerate((("float", float_size), ("int8", int8_size))):
+    for i, (name, size) in enumerate((("float", float_size), ("quantized", int8_size))):
         y, x = 6 + ROW * i + ROW / 2, float(NARROW_LEFT)
         parts.append(_text(NARROW_LEFT - 14, y, name, "label", "end"))
         for kind in KINDS:
@@ -83,9 +83,9 @@ def size_plot(float_size: ModelSize, int8_size: ModelSize) -> str:
 
 
 def latency_plot(latency: Latency) -> str:
-    """Median and 95th percentile, float above int8."""
+    """Median and 95th percentile, float above quantized."""
     longest = max(latency.float_p95, latency.int8_p95)
-    rows = (("float", latency.float_p50, latency.float_p95), ("int8", latency.int8_p50, latency.int8_p95))
+    rows = (("float", latency.float_p50, latency.float_p95), ("quantized", latency.int8_p50, latency.int8_p95))
     parts = []
     for i, (name, p50, p95) in enumerate(rows):
         y = 6 + ROW * i + ROW / 2

@@ -18,7 +18,7 @@ _STYLES = {"worse": "red", "better": "green", "none": "", "undefined": "yellow"}
 def renderable(comparison: Figures) -> RenderableType:
     """What `rich.print(comparison)` shows."""
     parts: list[RenderableType] = [
-        Text(f"{comparison.task}: float against int8", style="bold"),
+        Text(f"{comparison.task}: float against quantized", style="bold"),
         Text(w.headline(comparison)),
         Text(),
         _models(comparison),
@@ -32,7 +32,7 @@ def renderable(comparison: Figures) -> RenderableType:
         parts.append(_latency(comparison.latency))
     if comparison.layer_sqnr:
         lowest = sorted(comparison.layer_sqnr.items(), key=lambda item: item[1])[:LOWEST_LAYERS]
-        parts += _titled(f"The {len(lowest)} least exact of {len(comparison.layer_sqnr)} int8 layers")
+        parts += _titled(f"The {len(lowest)} least exact of {len(comparison.layer_sqnr)} quantized layers")
         parts.append(_layers(lowest))
     parts += [Text(), *(Text(line, style="dim") for line in w.method(comparison))]
     return Group(*parts)
@@ -50,14 +50,14 @@ def _table(first: str) -> Table:
 
 def _models(comparison: Figures) -> Table:
     table = Table.grid(padding=(0, 2))
-    for role, model in (("float", comparison.float_model), ("int8", comparison.int8_model)):
+    for role, model in (("float", comparison.float_model), ("quantized", comparison.int8_model)):
         table.add_row(role, Text(model.name, style="bold", overflow="fold"), w.model_words(model))
     return table
 
 
 def _quality(comparison: Figures, split: SplitResult) -> Table:
     table = _table("points of 100")
-    for name in ("float", "int8", "delta", f"{w.percent(comparison.confidence)} interval"):
+    for name in ("float", "quantized", "delta", f"{w.percent(comparison.confidence)} interval"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     for metric in split.metrics:
@@ -84,7 +84,7 @@ def _notes(comparison: Figures, split: SplitResult) -> list[RenderableType]:
 
 def _sizes(comparison: Figures) -> Table:
     table = _table("MB")
-    for name in ("float", "int8", "float / int8"):
+    for name in ("float", "quantized", "float / quantized"):
         table.add_column(name, justify="right")
     for name, before, after in size_rows(comparison):
         style = "bold" if name == "total" else ""
@@ -93,7 +93,7 @@ def _sizes(comparison: Figures) -> Table:
 
 
 def size_rows(comparison: Figures) -> list[tuple[str, int | None, int | None]]:
-    """Kind, float bytes and int8 bytes; on disk only where it is known of either."""
+    """Kind, float bytes and quantized bytes; on disk only where it is known of either."""
     before, after = comparison.float_model.size, comparison.int8_model.size
     kinds = ("embeddings", "linear", "rest", "total", "on_disk")
     rows = [(kind.replace("_", " "), getattr(before, kind), getattr(after, kind)) for kind in kinds]
@@ -102,7 +102,7 @@ def size_rows(comparison: Figures) -> list[tuple[str, int | None, int | None]]:
 
 def _latency(latency: Latency) -> Table:
     table = _table("ms")
-    for name in ("float", "int8"):
+    for name in ("float", "quantized"):
         table.add_column(name, justify="right")
     table.add_column("")
     table.add_row("p50", w.significant(latency.float_p50), w.significant(latency.int8_p50), w.faster(latency))

@@ -62,8 +62,8 @@ def verdict(metric: MetricResult, confidence: float) -> str:
     """A few words: `no difference seen at 95 %`, with `(wide)` where the sample could hardly have shown one."""
     words = {
         "undefined": "undefined",
-        "worse": f"int8 is worse at {percent(confidence)}",
-        "better": f"int8 is better at {percent(confidence)}",
+        "worse": f"quantized is worse at {percent(confidence)}",
+        "better": f"quantized is better at {percent(confidence)}",
         "none": f"no difference seen at {percent(confidence)}",
     }[outcome(metric)]
     return words + (" (wide)" if is_wide(metric) else "")
@@ -91,9 +91,9 @@ def _reading(metric: MetricResult, samples: int, confidence: float) -> str:
     if found == "undefined":
         return "undefined, because predictions or labels are constant."
     if found == "worse":
-        return f"int8 is worse at {percent(confidence)}, by {high:.{digits}f} to {low:.{digits}f} points."
+        return f"quantized is worse at {percent(confidence)}, by {high:.{digits}f} to {low:.{digits}f} points."
     if found == "better":
-        return f"int8 is better at {percent(confidence)}, by {low:.{digits}f} to {high:.{digits}f} points."
+        return f"quantized is better at {percent(confidence)}, by {low:.{digits}f} to {high:.{digits}f} points."
     sentence = f"no difference seen at {percent(confidence)}"
     if low:
         sentence += f"; a loss of up to {low:.{digits}f} points is not ruled out"
@@ -190,8 +190,8 @@ def latency_conditions(latency: Latency) -> str:
 
 
 def model_words(model: ModelInfo) -> str:
-    """Class, dtype and number of int8 layers."""
-    layers = f"{model.int8_layers} int8 layers" if model.int8_layers else "no int8 layers"
+    """Class, dtype and number of quantized layers."""
+    layers = f"{model.int8_layers} quantized layers" if model.int8_layers else "no quantized layers"
     return f"{model.architecture}, {model.dtype}, {layers}"
 
 
@@ -204,7 +204,7 @@ def headline(comparison: Figures) -> str:
         f"{METRIC_NAMES.get(metric.name, metric.name)}{where} {points(metric.float_value, split.samples)} to "
         f"{points(metric.int8_value, split.samples)} ({signed_points(metric.delta, split.samples)} points, "
         f"{percent(comparison.confidence)} interval {interval(metric, split.samples)}): "
-        f"{verdict(metric, comparison.confidence)}. int8 is {smaller(comparison)}"
+        f"{verdict(metric, comparison.confidence)}. The quantized model is {smaller(comparison)}"
     )
     if comparison.latency is not None:
         words += f" and {faster(comparison.latency)}"
@@ -224,7 +224,7 @@ def method(comparison: Figures) -> list[str]:
     ]
     if comparison.latency is not None:
         lines.append(
-            "Latency: one forward pass on random tokens without padding, float and int8 in turn after a warm-up; "
+            "Latency: one forward pass on random tokens without padding, float and quantized in turn after a warm-up; "
             "the speed-up is the median over pairs of calls."
         )
     if comparison.layer_sqnr:
@@ -233,7 +233,9 @@ def method(comparison: Figures) -> list[str]:
             "a layer carries the errors below it."
         )
     elif comparison.int8_model.int8_layers:
-        lines.append("No SQNR by layer: the two models were trained apart, so their layers differ by more than int8.")
+        lines.append(
+            "No SQNR by layer: the two models were trained apart, so their layers differ by more than rounding."
+        )
     machine = comparison.machine
     lines.append(
         f"Machine: {machine.cpu}; device {machine.device}, {machine.threads} "

@@ -103,10 +103,10 @@ def test_zero_at_the_edge_is_included(low: float, high: float) -> None:
 
 
 def test_an_interval_without_zero_is_called_by_its_side() -> None:
-    assert w.verdict(metric(low=-0.009, high=-0.002), 0.95) == "int8 is worse at 95 %"
-    assert w.verdict(metric(low=0.002, high=0.009), 0.9) == "int8 is better at 90 %"
+    assert w.verdict(metric(low=-0.009, high=-0.002), 0.95) == "quantized is worse at 95 %"
+    assert w.verdict(metric(low=0.002, high=0.009), 0.9) == "quantized is better at 90 %"
     text = str(with_metric(metric(low=-0.0086, high=-0.0021)))
-    assert "int8 is worse at 95 %, by 0.21 to 0.86 points." in text
+    assert "quantized is worse at 95 %, by 0.21 to 0.86 points." in text
 
 
 def test_a_wide_interval_is_said_to_be_wide_in_every_format() -> None:
@@ -169,12 +169,12 @@ def test_text_fits_100_columns_and_has_every_part() -> None:
         "F1 89.46 to 89.10 (-0.36 points, 95 % interval [-1.72, +0.98]): no difference seen",
         "3.89x smaller and 1.83x faster",
         "Quality on validation, 408 examples",
-        "accuracy         85.05   84.80   -0.25   [-1.96, +1.47]",
-        "embeddings        95.4   24.1          3.96x",
-        "on disk                   113",
+        "accuracy         85.05       84.80   -0.25   [-1.96, +1.47]",
+        "embeddings        95.4        24.1               3.96x",
+        "on disk                        113",
         "Latency, batch 1, 128 tokens, 2 threads, 100 calls each",
-        "p50                190    103   1.83x faster",
-        "The 3 least exact of 3 int8 layers",
+        "p50                190         103   1.83x faster",
+        "The 3 least exact of 3 quantized layers",
         "encoder.1.dense       29.0",
         "embeddings           exact",
         "10,000 resamples, seed 0",
@@ -191,7 +191,7 @@ def test_rich_shows_the_same_words_in_colour() -> None:
         console.print(with_metric(metric(low=-0.02, high=-0.01)))
     shown = capture.get()
     assert "\x1b[" in shown
-    assert "int8 is worse at 95 %" in re.sub(r"\x1b\[[0-9;]*m", "", shown)
+    assert "quantized is worse at 95 %" in re.sub(r"\x1b\[[0-9;]*m", "", shown)
 
 
 def test_parts_that_were_not_measured_are_absent() -> None:

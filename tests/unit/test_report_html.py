@@ -39,7 +39,7 @@ def test_html_has_every_plot_and_names_cannot_break_it() -> None:
         "Latency of one forward pass",
         "Signal to quantization noise of each layer",
     ]
-    assert root.find(".//h1").text == f"{EVIL}: float against int8"  # type: ignore[union-attr]
+    assert root.find(".//h1").text == f"{EVIL}: float against quantized"  # type: ignore[union-attr]
     assert not root.findall(".//script")
     assert EVIL in [code.text for code in root.findall(".//code")]
 
