@@ -49,7 +49,8 @@ class QATCallback(TrainerCallback):
 
     Args:
         scheme (`str`, *optional*, defaults to `"int8_static"`):
-            `"int8_static"`, `"int8_dynamic"` or `"int8_weight_only"`.
+            `"int8_static"`, `"int8_dynamic"`, `"int8_weight_only"`, `"int4_weight_only"`, `"int4_dynamic"` or another
+            name that [`get_scheme`] knows.
         start_step (`int` or `float`, *optional*, defaults to 0):
             First step with fake-quant. An `int` counts optimizer steps, a `float` in [0, 1) is a share of them.
         freeze_step (`int` or `float`, *optional*, defaults to 0.9):

@@ -60,7 +60,7 @@ class Quantization:
 
     Args:
         scheme (`str`, *optional*, defaults to `"int8_static"`):
-            `"int8_dynamic"`, `"int8_static"` or `"int8_weight_only"`.
+            `"int8_dynamic"`, `"int8_static"`, `"int4_weight_only"` ...; see [`get_scheme`].
         start_step (`int` or `float`, *optional*, defaults to 0):
             First step with fake-quant. An `int` counts optimizer steps, a `float` in [0, 1) is a share of all.
         freeze_step (`int` or `float`, *optional*, defaults to 0.9): first step with frozen ranges; the same units.

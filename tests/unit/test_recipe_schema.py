@@ -395,3 +395,12 @@ def test_freeze_step_means_nothing_without_static_ranges() -> None:
     recipe = Recipe("m", "out", Quantization("int8_dynamic", start_step=0.95), task="mrpc")
     (callback,) = recipe.callbacks()
     assert callback.start_step == 0.95
+
+
+@pytest.mark.parametrize(
+    "scheme", ["int4_dynamic", "int4_weight_only_g64", "int6_weight_only", "int8_dynamic_symmetric"]
+)
+def test_schemes_are_known_by_their_parts(tmp_path: Path, scheme: str) -> None:
+    recipe = read(tmp_path, GOOD.replace("int8_static", scheme))
+    (callback,) = recipe.callbacks()
+    assert callback.scheme.name == scheme
