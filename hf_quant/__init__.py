@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .callbacks.pruning import PruningCallback
     from .callbacks.qat import QATCallback
     from .checkpoint import load_quantized, save_quantized
     from .evaluation.compare import compare
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from .recipe.schema import Recipe
 
 _HOME_OF = {
+    "PruningCallback": ".callbacks.pruning",
     "QATCallback": ".callbacks.qat",
     "Calibration": ".quantization.calibration",
     "Recipe": ".recipe.schema",
@@ -41,6 +43,7 @@ _HOME_OF = {
 
 __all__ = [  # noqa: RUF022 - in the order in which a user meets them
     "QATCallback",
+    "PruningCallback",
     "quantize_dynamic",
     "quantize_static",
     "quantize",

@@ -71,7 +71,7 @@ def select_modules(
             "Conv1D or nn.Embedding. Pass a model built from those."
         )
     for option, patterns in (("targets", targets), ("ignore", ignore), ("overrides", list(overrides or ()))):
-        _require_matches(option, patterns, candidates)
+        require_matches(option, patterns, candidates)
     chosen = {pattern: None if own is None else get_scheme(own) for pattern, own in (overrides or {}).items()}
 
     head = _head_names(model)
@@ -83,11 +83,11 @@ def select_modules(
         kind, obstacle = _kind(module)
         pattern = next((pattern for pattern in chosen if fnmatch.fnmatchcase(name, pattern)), None)
         own = scheme if pattern is None else chosen[pattern]
-        if _matches(name, ignore or ()):
+        if matches(name, ignore or ()):
             left[name] = "ignored"
         elif pattern is not None and own is None:
             left[name] = "float by `overrides`"
-        elif targets is not None and pattern is None and not _matches(name, targets):
+        elif targets is not None and pattern is None and not matches(name, targets):
             left[name] = "not a target"
         elif obstacle or kind is None:
             left[name] = obstacle
@@ -123,6 +123,56 @@ def select_modules(
         )
     left.update(_others(model, candidates))
     return Selection(quantized, left, schemes)
+
+
+def select_prunable(
+    model: nn.Module, targets: Sequence[str] | None = None, ignore: Sequence[str] | None = None
+) -> dict[str, nn.Module]:
+    """The modules whose weights pruning may set to 0.
+
+    Without `targets`, every `nn.Linear` and transformers `Conv1D` but the head, whether prepared for QAT or not. With
+    them, exactly what the patterns match; embeddings and heads are only chosen so. A weight that several modules
+    share is named once.
+
+    Args:
+        model (`torch.nn.Module`): a float model.
+        targets (list of `str`, *optional*): shell-style patterns over qualified names, such as `"*.query"`.
+        ignore (list of `str`, *optional*): patterns of modules to leave dense.
+
+    Returns:
+        `dict[str, torch.nn.Module]`: by qualified name, in the model's order.
+
+    Raises:
+        `ValueError`: if a pattern matches no module, or nothing is left.
+    """
+    candidates = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module._parameters.get("weight"), nn.Parameter) and (_family(module) or is_transposed(module))
+    }
+    for option, patterns in (("targets", targets), ("ignore", ignore)):
+        require_matches(option, patterns, candidates)
+    head = _head_names(model)
+    chosen: dict[int, tuple[str, nn.Module]] = {}
+    for name, module in candidates.items():
+        wanted = (
+            not isinstance(module, nn.Embedding) and not any(name == p or name.startswith(p + ".") for p in head)
+            if targets is None
+            else matches(name, targets)
+        )
+        if wanted and not matches(name, ignore or ()):
+            chosen.setdefault(id(module.weight), (name, module))
+    if not chosen:
+        raise ValueError(
+            f"nothing is left to prune in {type(model).__name__}: it holds {len(candidates)} Linear, Conv1D and "
+            "Embedding modules, and none is chosen. Loosen `targets` or `ignore`."
+        )
+    return dict(chosen.values())
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a module is a Conv1D, of transformers or prepared for QAT: its weight is (nx, nf), in by out."""
+    return hasattr(module, "nx") and hasattr(module, "nf")
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -229,7 +279,8 @@ def _computes_as_linear(module: nn.Linear) -> bool:
         return False
 
 
-def _require_matches(option: str, patterns: Sequence[str] | None, candidates: Iterable[str]) -> None:
+def require_matches(option: str, patterns: Sequence[str] | None, candidates: Iterable[str]) -> None:
+    """Refuse a pattern of the argument `option` that matches none of the names."""
     if isinstance(patterns, str):
         raise TypeError(f"`{option}` is a list of patterns, but {patterns!r} is a string. Write [{patterns!r}].")
     names = list(candidates)
@@ -242,7 +293,8 @@ def _require_matches(option: str, patterns: Sequence[str] | None, candidates: It
             )
 
 
-def _matches(name: str, patterns: Iterable[str]) -> bool:
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a name fits one of the shell-style patterns."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
@@ -273,3 +325,6 @@ def _tied_partners(candidates: dict[str, nn.Module]) -> dict[str, list[str]]:
         if len(names) > 1
         for name in names
     }
+
+
+_matches, _require_matches = matches, require_matches  # TEMPORARY: pruning/units.py

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from transformers import TrainerState
 
 
 def check_step(name: str, value: int | float) -> None:
@@ -34,6 +35,18 @@ def check_step(name: str, value: int | float) -> None:
 def resolve_step(value: int | float, max_steps: int) -> int:
     """The optimizer step that a count or a share of training stands for; shares round up, as warm-up does."""
     return value if isinstance(value, int) else math.ceil(value * max_steps)
+
+
+def run_notes(state: TrainerState) -> dict[str, Any]:
+    """What the callbacks of one run tell each other; it lives as long as the run, and is never saved."""
+    notes: dict[str, Any] = state.__dict__.setdefault("_hf_quant", {})
+    return notes
+
+
+def before_conversion(state: TrainerState) -> list[Callable[[], None]]:
+    """What has to be done before a model becomes int8, whichever callback comes first. Each may be called twice."""
+    finishers: list[Callable[[], None]] = run_notes(state).setdefault("before_conversion", [])
+    return finishers
 
 
 def join_trainer(trainer: Any, callback: Any, prepare: Callable[[nn.Module], None]) -> None:

@@ -20,7 +20,7 @@ from ..runtime.base import quantized_modules
 from ..schemes import Scheme, get_scheme
 from ..tables import conversion_table, print_table, selection_line
 from ..targets import Selection, select_modules
-from .base import check_step, join_trainer, resolve_step
+from .base import before_conversion, check_step, join_trainer, resolve_step
 
 logger = logging.getLogger(__name__)
 
@@ -224,6 +224,8 @@ class QATCallback(TrainerCallback):
                 f"training ended at step {state.global_step}, before anything was observed (`start_step` is step "
                 f"{start}), so the model was left in float. Train past `start_step`, or lower it."
             )
+        for finish in before_conversion(state):
+            finish()
         main = state.is_world_process_zero
         batches = list(self._qat.inputs)
         with progress_bar("Converting to int8", len(qat_modules(model)), main and not args.disable_tqdm) as advance:

@@ -1,0 +1,1 @@
+"""Pruning: schedules, criteria, structures, masks that hold, and real shrinking."""
