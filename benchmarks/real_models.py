@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,13 @@ TRAINING: dict[str, Any] = {
 }
 
 
-def make_trainer(task: str, output: Path, **overrides: Any) -> tuple[Any, Any]:
-    """A plain Trainer on the task, and its tokenizer; labels, columns and lengths are found as a recipe finds them."""
+def make_trainer(
+    task: str, output: Path, model: Path = MINILM, callbacks: Sequence[Any] = (), **overrides: Any
+) -> tuple[Any, Any]:
+    """A Trainer on the task, and its tokenizer; labels, columns and lengths are found as a recipe finds them.
+
+    `overrides` are fields of TrainingArguments, `max_length`, and `rows`: how many to draw from the training data.
+    """
     from transformers import DataCollatorWithPadding, Trainer, set_seed
 
     from hf_quant import Recipe
@@ -60,19 +66,25 @@ def make_trainer(task: str, output: Path, **overrides: Any) -> tuple[Any, Any]:
     from hf_quant.recipe.training import training_arguments
 
     settings = {**TRAINING, **TASKS[task], **overrides}
+    if "num_train_epochs" in overrides:
+        settings.pop("max_steps", None)
+    rows = settings.pop("rows", None)
     data = Data(data_dir=str(GLUE) if GLUE.is_dir() else None, max_length=settings.pop("max_length"))
-    recipe = Recipe(str(MINILM), str(output), Quantization(), task, data, settings)
+    recipe = Recipe(str(model), str(output), Quantization(), task, data, settings)
     prepared = prepare(recipe)
     args, precision = training_arguments(settings, str(output), recipe.seed, recipe.source)
-    print(f"{task}: {len(prepared.encoded['train']):,} examples, {precision}", flush=True)
+    train = prepared.encoded["train"]
+    train = train if rows is None else train.shuffle(seed=recipe.seed).select(range(rows))
+    print(f"{task}: {len(train):,} examples, {precision}", flush=True)
     trainer = Trainer(
         model=prepared.model,
         args=args,
-        train_dataset=prepared.encoded["train"],
+        train_dataset=train,
         eval_dataset=prepared.encoded["validation"],
         processing_class=prepared.tokenizer,
         data_collator=DataCollatorWithPadding(prepared.tokenizer),
         compute_metrics=trainer_metrics(prepared.task),
+        callbacks=list(callbacks),
     )
     set_seed(recipe.seed)
     return trainer, prepared.tokenizer
