@@ -62,7 +62,7 @@ def make_trainer(
     from hf_quant import Recipe
     from hf_quant.evaluation.metrics import trainer_metrics
     from hf_quant.recipe.prepare import prepare
-    from hf_quant.recipe.schema import Data, Quantization
+    from hf_quant.recipe.sections import Data, Quantization
     from hf_quant.recipe.training import training_arguments
 
     settings = {**TRAINING, **TASKS[task], **overrides}

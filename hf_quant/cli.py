@@ -1,4 +1,4 @@
-"""The command line: `hf-quant run`, `hf-quant quantize`, `hf-quant compare`.
+"""The command line: `hf-quant run`, `quantize`, `compare`, `inspect`.
 
 Nothing heavy is imported until a command runs, so that `--help` answers at once.
 """
@@ -14,6 +14,7 @@ import typer
 
 from .commands.common import OverwriteOption, console, quiet
 from .commands.compare import compare
+from .commands.inspect import inspect
 from .commands.quantize import quantize
 
 USER_ERROR = 2
@@ -76,6 +77,7 @@ def run(
 
 app.command()(quantize)
 app.command()(compare)
+app.command()(inspect)
 
 
 def main() -> None:

@@ -108,8 +108,6 @@ class PruningCallback(TrainerCallback):
     ) -> None:
         for name, step in (("start_step", start_step), ("end_step", end_step), ("frequency", frequency)):
             check_step(name, step)
-        for step, _ in () if isinstance(schedule, str) else schedule:
-            check_step("schedule", step)
         self.settings = PruningSettings(
             final_sparsity,
             initial_sparsity,
@@ -123,6 +121,8 @@ class PruningCallback(TrainerCallback):
             uniform,
             shrink,
         )
+        for step, _ in () if isinstance(schedule, str) else schedule:
+            check_step("schedule", step)
         self.targets = targets
         self.ignore = ignore
         self.log_modules = log_modules
@@ -145,6 +145,25 @@ class PruningCallback(TrainerCallback):
         """
         join_trainer(trainer, self, self._prepare)
         return self
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse a model that cannot be pruned as this callback is told to; changes nothing.
+
+        Args:
+            model (`torch.nn.Module`): a float model.
+
+        Raises:
+            `ValueError`: as the Trainer would on being made.
+        """
+        self._plan(model).release()
+
+    def check_steps(self, max_steps: int) -> None:
+        """Refuse a number of optimizer steps in which the schedule would not come to its end.
+
+        Raises:
+            `ValueError`: as `train()` would.
+        """
+        self.settings.timeline(max_steps, resolve_step)
 
     def save_plot(self, path: str | Path) -> None:
         """Write a page with the sparsity wanted and reached at each update.
@@ -310,19 +329,21 @@ class PruningCallback(TrainerCallback):
                 print(f"shrunk from {before:,} to {after:,} parameters; its outputs are the same")
 
     def _prepare(self, model: nn.Module) -> None:
+        if self._pruner is None or self._pruner.model is not model:
+            self._pruner = self._plan(model)
+
+    def _plan(self, model: nn.Module) -> Pruner:
         if quantized_modules(model):
             raise RuntimeError(
                 f"this {type(model).__name__} is int8 already; its weights cannot be pruned. Start from a float model."
             )
-        if self._pruner is not None and self._pruner.model is model:
-            return
         wanted = self.settings
         pruner = Pruner(
             model, wanted.structure, wanted.criterion, wanted.effective_scope, wanted.goal, self.targets, self.ignore
         )
         if wanted.shrink:
             check_shape(model, pruner, wanted)
-        self._pruner = pruner
+        return pruner
 
     def _timeline(self, state: TrainerState) -> Timeline:
         return self.settings.timeline(state.max_steps, resolve_step)

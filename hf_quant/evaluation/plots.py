@@ -37,18 +37,18 @@ def delta_plot(splits: Sequence[SplitResult], confidence: float) -> str:
 
     bottom = ROW * len(rows) + 10
     parts = []
-    for tick in _ticks(low, high):
+    for tick in ticks(low, high):
         kind = "zero" if tick == 0 else "grid"
         parts.append(f'<line class="{kind}" x1="{at(tick):.1f}" x2="{at(tick):.1f}" y1="4" y2="{bottom}"/>')
-        parts.append(_text(at(tick), bottom + 16, f"{tick:+g}" if tick else "0", "tick", "middle"))
-    parts.append(_text(RIGHT + 14, bottom + 16, "points", "tick"))
+        parts.append(svg_text(at(tick), bottom + 16, f"{tick:+g}" if tick else "0", "tick", "middle"))
+    parts.append(svg_text(RIGHT + 14, bottom + 16, "points", "tick"))
     for i, (split, metric) in enumerate(rows):
         y = 4 + ROW * i + ROW / 2
         label = w.METRIC_NAMES.get(metric.name, metric.name)
-        parts.append(_text(LEFT - 14, y, f"{label}, {split.split}" if len(splits) > 1 else label, "label", "end"))
+        parts.append(svg_text(LEFT - 14, y, f"{label}, {split.split}" if len(splits) > 1 else label, "label", "end"))
         delta = w.signed_points(metric.delta, split.samples)
         if w.outcome(metric) == "undefined":
-            parts.append(_text(RIGHT + 14, y, "undefined", "value"))
+            parts.append(svg_text(RIGHT + 14, y, "undefined", "value"))
             continue
         ends_at = at(metric.interval.low * 100), at(metric.interval.high * 100)
         hint = f"{label}: {delta} points, {w.interval(metric, split.samples)}; {w.verdict(metric, confidence)}"
@@ -58,8 +58,8 @@ def delta_plot(splits: Sequence[SplitResult], confidence: float) -> str:
             + "".join(f'<line class="whisker" x1="{x:.1f}" x2="{x:.1f}" y1="{y - 6}" y2="{y + 6}"/>' for x in ends_at)
             + f'<circle cx="{at(metric.delta * 100):.1f}" cy="{y}" r="5"/></g>'
         )
-        parts.append(_text(RIGHT + 14, y, f"{delta} {w.interval(metric, split.samples)}", "value"))
-    return _svg(bottom + 26, f"Change of each metric with its {w.percent(confidence)} interval", parts)
+        parts.append(svg_text(RIGHT + 14, y, f"{delta} {w.interval(metric, split.samples)}", "value"))
+    return svg(bottom + 26, f"Change of each metric with its {w.percent(confidence)} interval", parts)
 
 
 def size_plot(float_size: ModelSize, int8_size: ModelSize) -> str:
@@ -68,7 +68,7 @@ def size_plot(float_size: ModelSize, int8_size: ModelSize) -> str:
     parts = []
     for i, (name, size) in enumerate((("float", float_size), ("quantized", int8_size))):
         y, x = 6 + ROW * i + ROW / 2, float(NARROW_LEFT)
-        parts.append(_text(NARROW_LEFT - 14, y, name, "label", "end"))
+        parts.append(svg_text(NARROW_LEFT - 14, y, name, "label", "end"))
         for kind in KINDS:
             count = getattr(size, kind)
             width = count / longest * (RIGHT - NARROW_LEFT)
@@ -78,8 +78,8 @@ def size_plot(float_size: ModelSize, int8_size: ModelSize) -> str:
                 hint = f"{name}, {kind}: {w.megabytes(count)} MB"
                 parts.append(_bar(x, y, shown, kind, hint))
             x += width
-        parts.append(_text(x + 10, y, f"{w.megabytes(size.total)} MB", "value"))
-    return _svg(ROW * 2 + 12, "Size by kind of layer", parts)
+        parts.append(svg_text(x + 10, y, f"{w.megabytes(size.total)} MB", "value"))
+    return svg(ROW * 2 + 12, "Size by kind of layer", parts)
 
 
 def latency_plot(latency: Latency) -> str:
@@ -91,13 +91,13 @@ def latency_plot(latency: Latency) -> str:
         y = 6 + ROW * i + ROW / 2
         width, end = (value / longest * (RIGHT - NARROW_LEFT) for value in (p50, p95))
         hint = f"{name}: p50 {w.significant(p50)} ms, p95 {w.significant(p95)} ms"
-        parts.append(_text(NARROW_LEFT - 14, y, name, "label", "end"))
+        parts.append(svg_text(NARROW_LEFT - 14, y, name, "label", "end"))
         parts.append(_bar(NARROW_LEFT, y, width, f"{name}-model", hint))
         x = NARROW_LEFT + end
         parts.append(f'<line class="p95" x1="{NARROW_LEFT + width:.1f}" x2="{x:.1f}" y1="{y}" y2="{y}"/>')
         parts.append(f'<line class="p95" x1="{x:.1f}" x2="{x:.1f}" y1="{y - 6}" y2="{y + 6}"/>')
-        parts.append(_text(x + 10, y, f"{w.significant(p50)} ms, p95 {w.significant(p95)}", "value"))
-    return _svg(ROW * 2 + 12, "Latency of one forward pass", parts)
+        parts.append(svg_text(x + 10, y, f"{w.significant(p50)} ms, p95 {w.significant(p95)}", "value"))
+    return svg(ROW * 2 + 12, "Latency of one forward pass", parts)
 
 
 def sqnr_plot(layers: Sequence[tuple[str, float]]) -> str:
@@ -107,19 +107,19 @@ def sqnr_plot(layers: Sequence[tuple[str, float]]) -> str:
     longest = max([*finite, 1.0])
     bottom = row * len(layers) + 8
     parts = []
-    for tick in _ticks(0.0, longest):
+    for tick in ticks(0.0, longest):
         x = left + tick / longest * (RIGHT - left)
         parts.append(f'<line class="{"grid" if tick else "zero"}" x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="{bottom}"/>')
-        parts.append(_text(x, bottom + 14, f"{tick:g}", "tick", "middle"))
-    parts.append(_text(RIGHT + 14, bottom + 14, "dB", "tick"))
+        parts.append(svg_text(x, bottom + 14, f"{tick:g}", "tick", "middle"))
+    parts.append(svg_text(RIGHT + 14, bottom + 14, "dB", "tick"))
     for i, (name, value) in enumerate(layers):
         y = 4 + row * i + row / 2
         share = 1.0 if value == math.inf else max(0.0, value) / longest if math.isfinite(value) else 0.0
         short = name if len(name) <= 46 else "…" + name[-45:]
-        parts.append(_text(left - 12, y, short, "layer", "end"))
+        parts.append(svg_text(left - 12, y, short, "layer", "end"))
         parts.append(_bar(left, y, share * (RIGHT - left), "int8-model", f"{name}: {w.decibels(value)} dB", bar))
-        parts.append(_text(left + share * (RIGHT - left) + 8, y, w.decibels(value), "layer-value"))
-    return _svg(bottom + 24, "Signal to quantization noise of each layer", parts)
+        parts.append(svg_text(left + share * (RIGHT - left) + 8, y, w.decibels(value), "layer-value"))
+    return svg(bottom + 24, "Signal to quantization noise of each layer", parts)
 
 
 class SchemePoint(NamedTuple):
@@ -164,14 +164,14 @@ def scheme_plot(points: Sequence[SchemePoint], unit: str, confidence: float) -> 
         return 10 + (high - min(max(change, low), high)) / (high - low) * (bottom - 10)
 
     parts = []
-    for tick in _ticks(low, high):
+    for tick in ticks(low, high):
         kind = "zero" if tick == 0 else "grid"
         y = down(tick)
         parts.append(f'<line class="{kind}" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(_text(left - 10, y, f"{tick:+g}" if tick else "0", "tick", "end"))
-    for tick in _ticks(0.0, largest):
-        parts.append(_text(left + tick / largest * (right - left), bottom + 16, f"{tick:g}", "tick", "middle"))
-    parts.append(_text(labels, bottom + 16, f"MB; upwards: {unit}", "tick"))
+        parts.append(svg_text(left - 10, y, f"{tick:+g}" if tick else "0", "tick", "end"))
+    for tick in ticks(0.0, largest):
+        parts.append(svg_text(left + tick / largest * (right - left), bottom + 16, f"{tick:g}", "tick", "middle"))
+    parts.append(svg_text(labels, bottom + 16, f"MB; upwards: {unit}", "tick"))
     drawn = [p for p in points if not math.isnan(p.change)]
     across = _spread([left + p.size / 1e6 / largest * (right - left) for p in drawn], 14.0, left + 8, right - 8)
     heights = _spread([down(p.change) for p in drawn], 36.0, 26.0, bottom - 18)
@@ -189,10 +189,10 @@ def scheme_plot(points: Sequence[SchemePoint], unit: str, confidence: float) -> 
             f'<g class="{point.kind}"><title>{escape(hint)}</title>{"".join(whisker)}'
             f'<circle cx="{x:.1f}" cy="{down(point.change):.1f}" r="5"/></g>'
         )
-        parts.append(_text(labels, y - 8, _short(point.label, 36), "layer"))
-        parts.append(_text(labels, y + 8, point.note, "tick"))
+        parts.append(svg_text(labels, y - 8, _short(point.label, 36), "layer"))
+        parts.append(svg_text(labels, y + 8, point.note, "tick"))
     title = f"Size and change of the metric with its {w.percent(confidence)} interval, by scheme"
-    return _svg(bottom + 26, title, parts)
+    return svg(bottom + 26, title, parts)
 
 
 def sensitivity_plot(rows: Sequence[LayerSensitivity]) -> str:
@@ -202,24 +202,24 @@ def sensitivity_plot(rows: Sequence[LayerSensitivity]) -> str:
     measured = any(r.change is not None for r in rows)
     bottom = row * len(rows) + 8
     parts = []
-    for tick in _ticks(0.0, longest):
+    for tick in ticks(0.0, longest):
         x = left + tick / longest * (right - left)
         parts.append(f'<line class="{"grid" if tick else "zero"}" x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="{bottom}"/>')
-        parts.append(_text(x, bottom + 14, f"{tick:g}", "tick", "middle"))
-    parts.append(_text(right + 14, bottom + 14, "dB", "tick"))
+        parts.append(svg_text(x, bottom + 14, f"{tick:g}", "tick", "middle"))
+    parts.append(svg_text(right + 14, bottom + 14, "dB", "tick"))
     if measured:
-        parts.append(_text(change, bottom + 14, "change", "tick", "end"))
+        parts.append(svg_text(change, bottom + 14, "change", "tick", "end"))
     for i, layer in enumerate(rows):
         y = 4 + row * i + row / 2
         share = 1.0 if layer.sqnr == math.inf else max(0.0, layer.sqnr) / longest if math.isfinite(layer.sqnr) else 0.0
         words = w.decibels(layer.sqnr)
         hint = f"{layer.name}: {words} dB, {w.megabytes(layer.bytes_saved)} MB saved"
-        parts.append(_text(left - 12, y, _short(layer.name, 46), "layer", "end"))
+        parts.append(svg_text(left - 12, y, _short(layer.name, 46), "layer", "end"))
         parts.append(_bar(left, y, share * (right - left), "int8-model", hint, bar))
-        parts.append(_text(left + share * (right - left) + 8, y, words, "layer-value"))
+        parts.append(svg_text(left + share * (right - left) + 8, y, words, "layer-value"))
         if layer.change is not None:
-            parts.append(_text(change, y, signed(layer.change), "layer-value", "end"))
-    return _svg(bottom + 24, "Error of the model's output by layer quantized alone", parts)
+            parts.append(svg_text(change, y, signed(layer.change), "layer-value", "end"))
+    return svg(bottom + 24, "Error of the model's output by layer quantized alone", parts)
 
 
 def trade_off_plot(points: Sequence[TradeOff], target: float | None = None) -> str:
@@ -239,19 +239,19 @@ def trade_off_plot(points: Sequence[TradeOff], target: float | None = None) -> s
         return left + layers / most * (right - left)
 
     parts = []
-    for tick in _ticks(low, high):
+    for tick in ticks(low, high):
         y = down(tick)
         parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(_text(left - 14, y, f"{tick:.6g}", "tick", "end"))
-    for tick in _ticks(0.0, float(most)):
+        parts.append(svg_text(left - 14, y, f"{tick:.6g}", "tick", "end"))
+    for tick in ticks(0.0, float(most)):
         if tick == int(tick):
-            parts.append(_text(across(tick), bottom + 18, f"{tick:g}", "tick", "middle"))
-    parts.append(_text(right + 20, bottom + 18, "layers in float", "tick"))
-    parts.append(_text(right + 20, bottom + 36, "MB", "tick"))
+            parts.append(svg_text(across(tick), bottom + 18, f"{tick:g}", "tick", "middle"))
+    parts.append(svg_text(right + 20, bottom + 18, "layers in float", "tick"))
+    parts.append(svg_text(right + 20, bottom + 36, "MB", "tick"))
     if target is not None:
         y = down(target)
         parts.append(f'<line class="target" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(_text(right + 14, y, f"target {target:.5g}", "value"))
+        parts.append(svg_text(right + 14, y, f"target {target:.5g}", "value"))
     shown = [p for p in points if not math.isnan(p.value)]
     line = " ".join(f"{across(p.float_layers):.1f},{down(p.value):.1f}" for p in shown)
     parts.append(f'<polyline class="curve" points="{line}"/>')
@@ -262,9 +262,9 @@ def trade_off_plot(points: Sequence[TradeOff], target: float | None = None) -> s
         hint = f"{point.float_layers} layers in float: {point.value:.5g}, {words}"
         parts.append(f'<g class="none"><title>{escape(hint)}</title><circle cx="{x:.1f}" cy="{y:.1f}" r="5"/></g>')
         if x - 18 >= free:
-            parts.append(_text(x, bottom + 36, w.megabytes(point.size), "tick", "middle"))
+            parts.append(svg_text(x, bottom + 36, w.megabytes(point.size), "tick", "middle"))
             free = x + 18
-    return _svg(bottom + 48, "Metric and size by the number of layers kept in float", parts)
+    return svg(bottom + 48, "Metric and size by the number of layers kept in float", parts)
 
 
 def _spread(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
@@ -291,14 +291,16 @@ def _short(name: str, most: int) -> str:
     return name if len(name) <= most else "…" + name[-most + 1 :]
 
 
-def _svg(height: float, title: str, parts: Sequence[str]) -> str:
+def svg(height: float, title: str, parts: Sequence[str]) -> str:
+    """A drawing `WIDTH` wide, with a title for those who cannot see it."""
     return (
         f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(title)}" '
         f'xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg>'
     )
 
 
-def _text(x: float, y: float, text: str, kind: str, anchor: str = "start") -> str:
+def svg_text(x: float, y: float, text: str, kind: str, anchor: str = "start") -> str:
+    """A text at a place, escaped; `kind` is its class of style."""
     return (
         f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" dominant-baseline="central">'
         f"{escape(text)}</text>"
@@ -312,7 +314,7 @@ def _bar(x: float, y: float, width: float, kind: str, hint: str, height: float =
     )
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def ticks(low: float, high: float) -> list[float]:
     """Four to eight round numbers in [low, high]."""
     span = high - low
     step = 10.0 ** math.floor(math.log10(span / 4))

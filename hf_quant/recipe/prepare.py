@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from .data import load_labels, load_rows, tokenize
 from .source import KeyPath, Problem, RecipeError
 from .training import training_arguments
-from .values import nearest
+from .values import dotted, nearest
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -85,7 +85,10 @@ def prepare(recipe: Recipe) -> Prepared:
     with _at(recipe, ("quantization",)):
         wanted = recipe.quantization
         select_modules(model, wanted.targets, wanted.ignore, wanted.embeddings)
-        recipe.callbacks()
+        callbacks = recipe.callbacks()
+    for index, callback in enumerate(callbacks[:-1]):
+        with _at(recipe, ("pruning", index) if len(recipe.pruning) > 1 else ("pruning",)):
+            callback.check(model)
     with _at(recipe, ("data", "max_length")):
         max_length = length_limit(tokenizer, [model], recipe.data.max_length)
     encoded = tokenize(recipe, task, rows, labels, tokenizer, max_length)
@@ -150,4 +153,4 @@ def _at(recipe: Recipe, place: KeyPath) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        raise RecipeError([recipe.source.problem(place, f"`{place[-1]}`: {error}")]) from error
+        raise RecipeError([recipe.source.problem(place, f"`{dotted(place)}`: {error}")]) from error

@@ -32,7 +32,7 @@ def check_keys(section: Mapping[str, Any], path: KeyPath, allowed: Iterable[str]
 
 def check_type(value: Any, hint: Any, path: KeyPath, source: Source, choices: Iterable[Any] = ()) -> list[Problem]:
     """A problem if `value` does not fit the type hint, or is none of the choices where there are any."""
-    name = _dotted(path)
+    name = dotted(path)
     choices = list(choices)
     if fits(value, hint) and (not choices or value is None or value in choices):
         return []
@@ -117,7 +117,8 @@ def _finite(value: float) -> bool:
         return False
 
 
-def _dotted(path: KeyPath) -> str:
+def dotted(path: KeyPath) -> str:
+    """A place in a recipe as messages write it: `pruning[1].criterion`."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
 
 

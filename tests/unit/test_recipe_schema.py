@@ -14,7 +14,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_quant.recipe.schema import Data, Evaluation, Quantization, Recipe
+from hf_quant.recipe.schema import Recipe
+from hf_quant.recipe.sections import Data, Evaluation, Pruning, Quantization
 from hf_quant.recipe.source import RecipeError, Source
 from hf_quant.recipe.training import native_bf16, training_arguments
 from hf_quant.recipe.values import check_type, describe, fits
@@ -378,7 +379,7 @@ def test_shipped_recipes_are_right() -> None:
 
 def test_the_readme_describes_every_key() -> None:
     text = (REPOSITORY / "recipes" / "README.md").read_text(encoding="utf-8")
-    for kind in (Recipe, Data, Quantization, Evaluation):
+    for kind in (Recipe, Data, Pruning, Quantization, Evaluation):
         for field in dataclasses.fields(kind):
             assert field.name == "source" or f"`{field.name}`" in text, field.name
 
@@ -404,3 +405,64 @@ def test_schemes_are_known_by_their_parts(tmp_path: Path, scheme: str) -> None:
     recipe = read(tmp_path, GOOD.replace("int8_static", scheme))
     (callback,) = recipe.callbacks()
     assert callback.scheme.name == scheme
+
+
+PRUNED = GOOD.replace(
+    "quantization:\n",
+    "pruning:\n  final_sparsity: 0.8\n  criterion: movement\nquantization:\n",
+)
+
+
+def test_pruning_alone_or_as_a_list(tmp_path: Path) -> None:
+    recipe = read(tmp_path, PRUNED)
+    assert recipe.pruning == [Pruning(final_sparsity=0.8, criterion="movement")]
+    both = "pruning:\n- structure: neuron\n  final_sparsity: 0.5\n"
+    both += "- schedule: [[5, 0.2], [9, 0.4]]\n  targets: ['*.query']\n"
+    recipe = read(tmp_path, GOOD + both)
+    assert [one.structure for one in recipe.pruning] == ["neuron", "unstructured"]
+    first, second, qat = recipe.callbacks()
+    assert first.settings.structure.kind == "neuron"
+    assert second.settings.start_step == 5
+    assert qat.scheme.name == "int8_static"
+    assert read(tmp_path, recipe.to_yaml()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("0.8", "80", "10:19: `final_sparsity` is 80, but must lie between 0 and 1"),
+        ("0.8", "lots", "10:19: `pruning.final_sparsity` must be a number or a mapping or null, but is 'lots'"),
+        ("movement", "movment", "11:14: unknown criterion 'movment'"),
+        ("criterion: movement", "structure: neurons", "11:14: unknown structure 'neurons'"),
+        ("criterion: movement", "structure: '2:4'", "10:19: 2:4 prunes 50.0%, but `final_sparsity` is 0.8"),
+        ("criterion: movement", "start_step: 0.7", "11:15: `end_step` (0.6) must come after `start_step` (0.7)"),
+        ("criterion: movement", "schedule: cubick", "11:13: unknown schedule 'cubick'"),
+        ("criterion: movement", "schedule: [[3]]", "11:13: a schedule of steps is a list of (step, sparsity) pairs"),
+        ("criterion", "criterium", "11:3: unknown key `criterium` in `pruning`; did you mean `criterion`?"),
+        ("criterion: movement", "scope: local", "11:10: `pruning.scope` cannot be 'local'; did you mean `global`?"),
+        ("criterion: movement", "shrink: 1", "11:11: `pruning.shrink` must be true or false, but is 1"),
+        (
+            "criterion: movement\n",
+            "end_step: 300\n  start_step: 9\ntraining:\n  max_steps: 100\n",
+            "`end_step` (300, step 300) is not before the end of training (100 steps)",
+        ),
+    ],
+)
+def test_wrong_pruning_is_named_with_its_place(tmp_path: Path, old: str, new: str, message: str) -> None:
+    text = (
+        PRUNED.replace("training:\n  learning_rate: 5e-5\n  num_train_epochs: 2\n", "")
+        if "max_steps" in new
+        else PRUNED
+    )
+    found = errors(tmp_path, text.replace(old, new, 1) if old != "0.8" else text.replace(": 0.8", f": {new}"))
+    assert len(found) == 1
+    assert message in found[0]
+
+
+def test_a_list_says_which_pruning_is_wrong(tmp_path: Path) -> None:
+    text = GOOD + "pruning:\n- final_sparsity: 0.5\n- criterion: magnitude\n- 7\n"
+    assert errors(tmp_path, text) == [
+        "recipe.yaml:15:3: `final_sparsity` is missing: the share of the weights to prune, such as 0.8",
+        "recipe.yaml:16:3: `pruning[2]` must be a mapping, but is 7",
+    ]
+    assert errors(tmp_path, GOOD + "pruning: 0.8\n") == ["recipe.yaml:13:10: `pruning` must be a mapping, but is 0.8"]

@@ -1,0 +1,117 @@
+"""The sections of a recipe. Importing this module does not import torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class Data:
+    """Where the sentences and labels are.
+
+    With `task` in the recipe, only `data_dir` and `max_length` may be set; without it, `train`, `validation` and
+    `text_columns` must be. Paths are relative to the folder where the recipe is run.
+
+    Args:
+        train (`str`, *optional*): file to train on: `.parquet`, `.csv`, `.tsv`, `.json` or `.jsonl`.
+        validation (`str`, *optional*): file to measure on, of the same kinds.
+        text_columns (`list[str]`, *optional*): one column of text, or two for pairs.
+        label_column (`str`, *optional*, defaults to `"label"`): class ids, class names, or real numbers.
+        problem_type (`str`, *optional*): `"single_label_classification"` (the default) or `"regression"`.
+        num_labels (`int`, *optional*): number of classes; defaults to 2, and is 1 for regression.
+        metrics (`list[str]`, *optional*): defaults to those of the problem type; the first is the headline.
+        name (`str`, *optional*): what reports call the data; defaults to `"data"`.
+        data_dir (`str`, *optional*): with `task`: folder of `<task>/train.parquet` and `<task>/validation.parquet`.
+            Without it the task's data come from the hub.
+        max_length (`int`, *optional*): tokens at which a text is cut; defaults to what the model can take.
+    """
+
+    train: str | None = None
+    validation: str | None = None
+    text_columns: list[str] | None = None
+    label_column: str | None = None
+    problem_type: Literal["single_label_classification", "regression"] | None = None
+    num_labels: int | None = field(default=None, metadata={"minimum": 1})
+    metrics: list[str] | None = None
+    name: str | None = None
+    data_dir: str | None = None
+    max_length: int | None = field(default=None, metadata={"minimum": 1})
+
+
+@dataclass
+class Pruning:
+    """The arguments of [`PruningCallback`].
+
+    Args:
+        final_sparsity (`float` or `dict[str, float]`, *optional*): share to prune, or one by pattern of modules.
+        initial_sparsity (`float`, *optional*, defaults to 0): share that is pruned at once at `start_step`.
+        start_step (`int` or `float`, *optional*, defaults to 0.1):
+            First step with pruning. An `int` counts optimizer steps, a `float` in [0, 1) is a share of all.
+        end_step (`int` or `float`, *optional*, defaults to 0.6): step from which on the masks stay; the same units.
+        frequency (`int` or `float`, *optional*, defaults to 0.02): steps between updates; the same units.
+        schedule (`str` or list, *optional*, defaults to `"cubic"`): a name, or a list of [step, sparsity].
+        criterion (`str`, *optional*, defaults to `"magnitude"`): what a weight is worth.
+        structure (`str`, *optional*, defaults to `"unstructured"`): what is pruned as one.
+        scope (`str`, *optional*, defaults to `"global"`): `"global"` or `"layer"`.
+        uniform (`bool`, *optional*, defaults to `False`): whether all layers lose the same number of units.
+        shrink (`bool`, *optional*, defaults to `False`): whether pruned units are removed at the end.
+        targets (`list[str]`, *optional*): patterns of the modules to prune; all but the head, by default.
+        ignore (`list[str]`, *optional*): patterns of the modules to leave dense.
+        log_modules (`bool`, *optional*, defaults to `False`): whether logs hold the sparsity of each target.
+    """
+
+    final_sparsity: float | dict[str, float] | None = None
+    initial_sparsity: float = 0.0
+    start_step: int | float = 0.1
+    end_step: int | float = 0.6
+    frequency: int | float = 0.02
+    schedule: str | list[list[float]] = "cubic"
+    criterion: str = "magnitude"
+    structure: str = "unstructured"
+    scope: Literal["global", "layer"] = "global"
+    uniform: bool = False
+    shrink: bool = False
+    targets: list[str] | None = None
+    ignore: list[str] | None = None
+    log_modules: bool = False
+
+
+@dataclass
+class Quantization:
+    """The arguments of [`QATCallback`].
+
+    Args:
+        scheme (`str`, *optional*, defaults to `"int8_static"`):
+            `"int8_dynamic"`, `"int8_static"`, `"int4_weight_only"` ...; see [`get_scheme`].
+        start_step (`int` or `float`, *optional*, defaults to 0):
+            First step with fake-quant. An `int` counts optimizer steps, a `float` in [0, 1) is a share of all.
+        freeze_step (`int` or `float`, *optional*, defaults to 0.9): first step with frozen ranges; the same units.
+        targets (`list[str]`, *optional*): patterns of the modules to quantize; all that can be, by default.
+        ignore (`list[str]`, *optional*): patterns of the modules to leave; the classifier head, by default.
+        embeddings (`bool`, *optional*, defaults to `True`): whether embeddings become int8 too.
+    """
+
+    scheme: str = "int8_static"
+    start_step: int | float = 0
+    freeze_step: int | float = 0.9
+    targets: list[str] | None = None
+    ignore: list[str] | None = None
+    embeddings: bool = True
+
+
+@dataclass
+class Evaluation:
+    """How the int8 model is measured against a float one.
+
+    Args:
+        baseline (`str`, *optional*, defaults to `"train"`):
+            `"train"`: train a float twin first, with the same seed, data and arguments but without quantization;
+            `"none"`: compare with nothing; otherwise the folder of a float model.
+        batch_size (`int`, *optional*, defaults to 32): sentences a batch in evaluation.
+        max_samples (`int`, *optional*): rows of the validation data to use; all, by default.
+    """
+
+    baseline: str = "train"
+    batch_size: int = field(default=32, metadata={"minimum": 1})
+    max_samples: int | None = field(default=None, metadata={"minimum": 1})
