@@ -36,10 +36,10 @@ class Recipe:
         quantization ([`Quantization`]): arguments of [`QATCallback`].
         task (`str`, *optional*): a GLUE task; it names the columns, labels and metrics. Either `task` or `data`.
         data ([`Data`], *optional*): your own files, or where the task's files are.
-        pruning (list of [`Pruning`], *optional*): arguments of [`PruningCallback`]s, each for other weights.
         training (`dict[str, Any]`, *optional*): any fields of `TrainingArguments`; `bf16` may be `"auto"`.
         evaluation ([`Evaluation`], *optional*): what to compare with.
         seed (`int`, *optional*, defaults to 42): of the new head, the order of the data, and dropout.
+        pruning (list of [`Pruning`], *optional*): arguments of [`PruningCallback`]s, each for other weights.
         source ([`Source`], *optional*): where each value stands in the file, for messages.
 
     Raises:
@@ -51,10 +51,10 @@ class Recipe:
     quantization: Quantization
     task: str | None = None
     data: Data = field(default_factory=Data)
-    pruning: list[Pruning] = field(default_factory=list)
     training: dict[str, Any] = field(default_factory=dict)
     evaluation: Evaluation = field(default_factory=Evaluation)
     seed: int = field(default=42, metadata={"minimum": 0})
+    pruning: list[Pruning] = field(default_factory=list)
     source: Source = field(default_factory=Source, repr=False, compare=False)
 
     def __post_init__(self) -> None:
