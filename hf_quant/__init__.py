@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from .evaluation.evaluator import task_evaluator
     from .evaluation.perplexity import perplexity
     from .evaluation.sweep import compare_perplexity, compare_schemes
+    from .pruning.vocabulary import shrink_vocabulary
     from .quantization.calibration import Calibration
     from .quantization.guard import AccuracyError, meet_accuracy
     from .quantization.post_training import quantize, quantize_dynamic, quantize_static
     from .recipe.schema import Recipe
+    from .runtime.sparse import use_semi_structured
 
 _HOME_OF = {
     "PruningCallback": ".callbacks.pruning",
@@ -38,12 +40,16 @@ _HOME_OF = {
     "quantize_static": ".quantization.post_training",
     "perplexity": ".evaluation.perplexity",
     "save_quantized": ".checkpoint",
+    "shrink_vocabulary": ".pruning.vocabulary",
     "task_evaluator": ".evaluation.evaluator",
+    "use_semi_structured": ".runtime.sparse",
 }
 
 __all__ = [  # noqa: RUF022 - in the order in which a user meets them
     "QATCallback",
     "PruningCallback",
+    "shrink_vocabulary",
+    "use_semi_structured",
     "quantize_dynamic",
     "quantize_static",
     "quantize",

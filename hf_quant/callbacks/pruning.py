@@ -17,8 +17,8 @@ from ..pruning.schedules import Timeline
 from ..pruning.settings import Goal, Pairs, PruningSettings, Step
 from ..pruning.shrink import shrink
 from ..runtime.base import quantized_modules
-from .base import before_conversion, check_step, join_trainer, resolve_step, run_notes
-from .pruning_checks import announcement, check_begun, check_resumed, check_shape, check_trainable
+from .base import before_conversion, check_step, join_trainer, resolve_step
+from .pruning_checks import announcement, check_begun, check_owner, check_resumed, check_shape, check_trainable
 
 logger = logging.getLogger(__name__)
 
@@ -165,6 +165,11 @@ class PruningCallback(TrainerCallback):
         """
         self.settings.timeline(max_steps, resolve_step)
 
+    @property
+    def memory(self) -> int:
+        """Bytes that masks and gathered scores take while training; 0 before and after."""
+        return 0 if self._pruner is None else self._pruner.memory
+
     def save_plot(self, path: str | Path) -> None:
         """Write a page with the sparsity wanted and reached at each update.
 
@@ -206,7 +211,7 @@ class PruningCallback(TrainerCallback):
         assert pruner is not None
         pruner.bind()
         key = f"{self.settings.structure.name} {pruner.names[0]} +{len(pruner.names) - 1}"
-        self._require_own_weights(pruner, state)
+        check_owner(self, pruner, state)
         check_trainable(pruner, self.settings)
         records = state.stateful_callbacks.setdefault(_RECORD, {})
         self.history = [tuple(point) for point in records.get(key, {}).get("history", [])]
@@ -352,15 +357,3 @@ class PruningCallback(TrainerCallback):
         goals = self.settings.goals(pruner.final, line, step)
         pruner.update(goals, seed + step)
         self.history.append((step, round(pruner.total(goals), 6), round(pruner.sparsity(), 6)))
-
-    def _require_own_weights(self, pruner: Pruner, state: TrainerState) -> None:
-        """Refuse a weight that another callback of this run prunes."""
-        owners: dict[int, set[str]] = run_notes(state).setdefault("pruned", {})
-        mine = set(pruner.plan.scored)
-        for other, names in owners.items():
-            if other != id(self) and names & mine:
-                raise ValueError(
-                    f"two PruningCallbacks prune {min(names & mine)}. Give each weight to one of them, with `targets` "
-                    "and `ignore`."
-                )
-        owners[id(self)] = mine

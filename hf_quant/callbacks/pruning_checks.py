@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
+from transformers import TrainerState
 
 from ..pruning.masks import UnitMasks
 from ..pruning.pruner import Pruner
 from ..pruning.schedules import Timeline
 from ..pruning.settings import PruningSettings
 from ..pruning.shrink import check_shrinkable
+from .base import run_notes
 
 _TOLERANCE = 0.001
 
@@ -30,6 +34,19 @@ def check_shape(model: nn.Module, pruner: Pruner, settings: PruningSettings) -> 
             "`shrink`."
         )
     check_shrinkable(model, groups, {g.name: g.count - round(pruner.final[g.name] * g.count) for g in groups})
+
+
+def check_owner(callback: Any, pruner: Pruner, state: TrainerState) -> None:
+    """Refuse a weight that another callback of this run prunes."""
+    owners: dict[int, set[str]] = run_notes(state).setdefault("pruned", {})
+    mine = set(pruner.plan.scored)
+    for other, names in owners.items():
+        if other != id(callback) and names & mine:
+            raise ValueError(
+                f"two PruningCallbacks prune {min(names & mine)}. Give each weight to one of them, with `targets` "
+                "and `ignore`."
+            )
+    owners[id(callback)] = mine
 
 
 def check_trainable(pruner: Pruner, settings: PruningSettings) -> None:

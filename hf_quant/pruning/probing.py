@@ -59,7 +59,8 @@ def run_cut(
         model (`torch.nn.Module`): neither its weights nor its gradients change.
         modules (`dict[str, torch.nn.Module]`): where to cut, by name.
         batch (mapping): keyword arguments of the forward.
-        noise (`float`, *optional*, defaults to 0.5): its standard deviation; 0 makes every output zero.
+        noise (`float`, *optional*, defaults to 0.5): its mean and standard deviation, so that no ReLU is closed for
+            all rows; 0 makes every output zero.
     """
     cut = Cut()
     generator = torch.Generator().manual_seed(0)
@@ -77,7 +78,9 @@ def run_cut(
             first = output[0] if isinstance(output, (tuple, list)) and output else output
             if not isinstance(first, Tensor) or not first.is_floating_point():
                 return output
-            drawn = torch.randn(first.shape, generator=generator) * noise
+            drawn = (torch.randn(first.shape, generator=generator) + 1) * noise
+            if first.numel() == first.shape[-1]:
+                drawn = drawn.abs()  # a single row: ReLU shall not hide it
             leaf = drawn.to(first.device, first.dtype).requires_grad_()
             cut.order.append(name)
             cut.outputs[name].append(leaf)

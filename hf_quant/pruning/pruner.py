@@ -174,7 +174,7 @@ class Pruner:
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         # A product with a mask of the weight's own dtype is a tenth of the time of masked_fill_.
         self._multipliers = [(parameters[name], (~mask).to(parameters[name].dtype)) for name, mask in masks.items()]
-        self._counts = {name: int(mask.sum()) for name, mask in pruned.items()}
+        self._counts = {name: int(mask.count_nonzero()) for name, mask in pruned.items()}
         self.plan.settle(self.model, pruned)
         self.apply()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -78,30 +78,34 @@ def plan(model: nn.Module, groups: Sequence[UnitGroup], keep: Mapping[str, Tenso
             "Use shrink=False."
         )
     present = _build(model, config)
-    if present is None or _shapes(present) != _shapes(model):
+    if present is None or _parameter_shapes(present) != _parameter_shapes(model):
         raise ValueError(
             f"the config of {type(model).__name__} does not build the model as it is (adapters, modules that were "
             "exchanged, or a changed size), so a smaller one could not be loaded again. Merge adapters, or use "
             "shrink=False."
         )
-    expected = _expected(model, groups, keep)
+    expected = _expected(present, groups, keep)
     _require_whole_groups(model, expected)
     search = _Search(model, config, expected)
     edits = search.run(groups, keep)
     smaller = None if edits is None else _build(model, _edited(config, edits))
     if smaller is None or _difference(smaller, expected):
         raise ValueError(_refusal(model, groups, keep, search))
-    _require_same_buffers(present, smaller, groups, keep)
     assert isinstance(smaller.config, PreTrainedConfig)
     return Plan(smaller.config, present, smaller)
 
 
-def _shapes(model: nn.Module) -> Shapes:
+def _parameter_shapes(model: nn.Module) -> Shapes:
     return {name: tuple(value.shape) for name, value in model.named_parameters(remove_duplicate=False)}
 
 
-def _expected(model: nn.Module, groups: Sequence[UnitGroup], keep: Mapping[str, Tensor]) -> Shapes:
-    shapes = {name: list(shape) for name, shape in _shapes(model).items()}
+def _shapes(model: nn.Module) -> Shapes:
+    """Of the Parameters, and of the buffers: they stay as they are (the frequencies of rotary positions)."""
+    return _parameter_shapes(model) | {name: tuple(value.shape) for name, value in model.named_buffers()}
+
+
+def _expected(present: nn.Module, groups: Sequence[UnitGroup], keep: Mapping[str, Tensor]) -> Shapes:
+    shapes = {name: list(shape) for name, shape in _shapes(present).items()}
     for group in groups:
         for part in group.slices if group.name in keep else ():
             if part.dim is not None and part.index is not None:
@@ -186,7 +190,7 @@ class _Search:
                 yield from self._layer_moves(path, keep)
             elif group.kind == "neuron" and value in (group.count, None):
                 yield {path: kept}
-            elif group.kind == "head" and value is not None and _counts_heads(value, group):
+            elif group.kind == "head" and _counts_heads(value, path, group):
                 yield {path: value * kept // group.count}
 
     def _layer_moves(self, path: Path, keep: Tensor) -> Iterator[Edits]:
@@ -208,7 +212,7 @@ class _Search:
             for group in pruned:
                 for path, value in _values(self.data) if group.kind == "head" else ():
                     beside = _at(self.data, path[:-1])
-                    if isinstance(beside, dict) and beside.get(name) is None and value and _counts_heads(value, group):
+                    if isinstance(beside, dict) and beside.get(name) is None and _counts_heads(value, path, group):
                         yield {(*path[:-1], name): _channels(group) // value}
 
 
@@ -222,9 +226,12 @@ def _values(data: Any, path: Path = ()) -> Iterator[tuple[Path, int | None]]:
         yield path, data
 
 
-def _counts_heads(value: int, group: UnitGroup) -> bool:
+def _counts_heads(value: int | None, path: Path, group: UnitGroup) -> TypeGuard[int]:
     """Whether a number may be that of query or of key/value heads: the group's units are made of so many."""
-    return value > 0 and value % group.count == 0 and _channels(group) % value == 0
+    # Half of the head's size in place of half of the heads would give the same shapes, and another model.
+    key = str(path[-1])
+    named = "head" in key and "dim" not in key and "size" not in key
+    return named and value is not None and value > 0 and value % group.count == 0 and _channels(group) % value == 0
 
 
 def _channels(group: UnitGroup) -> int:
@@ -263,19 +270,6 @@ def _require_whole_groups(model: nn.Module, expected: Shapes) -> None:
             raise ValueError(
                 f"{name} would have {width} inputs, which the scheme {module.scheme.name!r} cannot divide into groups "
                 f"of {size}. Prune to a multiple of {size}, or use a scheme without groups."
-            )
-
-
-def _require_same_buffers(
-    present: nn.Module, smaller: nn.Module, groups: Sequence[UnitGroup], keep: Mapping[str, Tensor]
-) -> None:
-    buffers = {name: tuple(value.shape) for name, value in smaller.named_buffers()}
-    for name, value in present.named_buffers():
-        new = renamed(name, groups, keep)
-        if new is not None and buffers.get(new) != tuple(value.shape):
-            raise ValueError(
-                f"the buffer {name} of {type(present).__name__} depends on what is pruned, and which part of it "
-                "remains is not known. Choose another structure, or use shrink=False."
             )
 
 

@@ -109,8 +109,8 @@ class PruningSettings:
 
     def _raise_no_phase(self) -> None:
         raise ValueError(
-            f"`end_step` ({self.end_step}) must come after `start_step` ({self.start_step}): no pruning phase is left. "
-            "Lower `start_step` or raise `end_step`."
+            f"`end_step` ({self.end_step}) must come after `start_step` ({self.start_step}): no pruning phase is "
+            "left. Lower `start_step` or raise `end_step`."
         )
 
     def _checked_goal(self) -> Goal:
