@@ -24,12 +24,16 @@ _THREE: dict[str, dict[str, Any]] = {
 
 
 def sized(species: str, **sizes: Any) -> PreTrainedModel:
-    """A random model of the zoo in eval mode: three layers, grouped queries where there are any, biases not zero."""
+    """A random model of the zoo in eval mode: three layers, grouped queries where there are any, biases not zero.
+
+    `None` among `sizes` leaves a size to the config.
+    """
     kind = SPECIES[species]
     known = {**kind.sizes, **_THREE.get(species, {})}
     if "num_hidden_layers" in known:
         known["num_hidden_layers"] = 3
-    model: PreTrainedModel = find_class(kind.head)(find_class(kind.config)(**{**known, **sizes}))
+    known = {name: value for name, value in {**known, **sizes}.items() if value is not None}
+    model: PreTrainedModel = find_class(kind.head)(find_class(kind.config)(**known))
     return enliven(model).eval()
 
 

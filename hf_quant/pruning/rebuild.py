@@ -84,12 +84,12 @@ def plan(model: nn.Module, groups: Sequence[UnitGroup], keep: Mapping[str, Tenso
             "exchanged, or a changed size), so a smaller one could not be loaded again. Merge adapters, or use "
             "shrink=False."
         )
-    expected = _expected(present, groups, keep)
-    _require_whole_groups(model, expected)
-    search = _Search(model, config, expected)
+    goal = _Goal(_expected(present, groups, keep), _renumbered(_buffer_shapes(present), groups, keep))
+    _require_whole_groups(model, goal.parameters)
+    search = _Search(model, config, goal)
     edits = search.run(groups, keep)
     smaller = None if edits is None else _build(model, _edited(config, edits))
-    if smaller is None or _difference(smaller, expected):
+    if smaller is None or goal.distance(smaller) > 0:
         raise ValueError(_refusal(model, groups, keep, search))
     assert isinstance(smaller.config, PreTrainedConfig)
     return Plan(smaller.config, present, smaller)
@@ -99,19 +99,22 @@ def _parameter_shapes(model: nn.Module) -> Shapes:
     return {name: tuple(value.shape) for name, value in model.named_parameters(remove_duplicate=False)}
 
 
-def _shapes(model: nn.Module) -> Shapes:
-    """Of the Parameters, and of the buffers: they stay as they are (the frequencies of rotary positions)."""
-    return _parameter_shapes(model) | {name: tuple(value.shape) for name, value in model.named_buffers()}
+def _buffer_shapes(model: nn.Module) -> Shapes:
+    return {name: tuple(value.shape) for name, value in model.named_buffers()}
 
 
 def _expected(present: nn.Module, groups: Sequence[UnitGroup], keep: Mapping[str, Tensor]) -> Shapes:
-    shapes = {name: list(shape) for name, shape in _shapes(present).items()}
+    shapes = {name: list(shape) for name, shape in _parameter_shapes(present).items()}
     for group in groups:
         for part in group.slices if group.name in keep else ():
             if part.dim is not None and part.index is not None:
                 shapes[part.parameter][part.dim] -= part.index.shape[1] * int((~keep[group.name]).sum())
+    return _renumbered({name: tuple(shape) for name, shape in shapes.items()}, groups, keep)
+
+
+def _renumbered(shapes: Shapes, groups: Sequence[UnitGroup], keep: Mapping[str, Tensor]) -> Shapes:
     names = {name: renamed(name, groups, keep) for name in shapes}
-    return {new: tuple(shapes[name]) for name, new in names.items() if new is not None}
+    return {new: shapes[name] for name, new in names.items() if new is not None}
 
 
 def _build(model: nn.Module, config: PreTrainedConfig) -> nn.Module | None:
@@ -123,20 +126,36 @@ def _build(model: nn.Module, config: PreTrainedConfig) -> nn.Module | None:
         return None
 
 
-def _difference(built: nn.Module | None, expected: Shapes) -> int:
-    """How many Parameters are missing, too many or of another shape; more than all if nothing was built."""
-    return 2 * len(expected) + 1 if built is None else len(set(_shapes(built).items()) ^ set(expected.items()))
+@dataclass(frozen=True)
+class _Goal:
+    """The shapes that the smaller model is to have; buffers (frequencies of positions) stay as they are."""
+
+    parameters: Shapes
+    buffers: Shapes
+
+    @property
+    def worst(self) -> int:
+        """More than any model's distance that could be built."""
+        return 2 * len(self.parameters) + len(self.buffers) + 1
+
+    def distance(self, built: nn.Module | None) -> int:
+        """How many Parameters are missing, too many or of another shape, and how many buffers of another shape."""
+        if built is None:
+            return self.worst
+        wrong = set(_parameter_shapes(built).items()) ^ set(self.parameters.items())
+        buffers = _buffer_shapes(built)
+        return len(wrong) + sum(buffers.get(name, shape) != shape for name, shape in self.buffers.items())
 
 
 class _Search:
     """The config changed number by number, towards the expected shapes."""
 
-    def __init__(self, model: nn.Module, config: PreTrainedConfig, expected: Shapes) -> None:
+    def __init__(self, model: nn.Module, config: PreTrainedConfig, goal: _Goal) -> None:
         self.model = model
         self.config = config
         self.data: dict[str, Any] = config.to_dict()
-        self.expected = expected
-        self.nearest: tuple[int, Shapes] = (2 * len(expected) + 1, {})
+        self.goal = goal
+        self.nearest: tuple[int, Shapes] = (goal.worst, {})
 
     def run(self, groups: Sequence[UnitGroup], keep: Mapping[str, Tensor]) -> Edits | None:
         """The changes that make all shapes right, or `None`."""
@@ -173,11 +192,11 @@ class _Search:
         try:  # through a dict, as a reload does it
             config = type(self.config).from_dict(data)
         except Exception:  # whatever a config raises about numbers that do not fit
-            return 2 * len(self.expected) + 1
+            return self.goal.worst
         built = _build(self.model, config)
-        score = _difference(built, self.expected)
+        score = self.goal.distance(built)
         if built is not None and score < self.nearest[0]:
-            self.nearest = score, _shapes(built)
+            self.nearest = score, _parameter_shapes(built)
         return score
 
     def _opens(self, move: Edits) -> bool:
@@ -275,10 +294,11 @@ def _require_whole_groups(model: nn.Module, expected: Shapes) -> None:
 
 def _refusal(model: nn.Module, groups: Sequence[UnitGroup], keep: Mapping[str, Tensor], search: _Search) -> str:
     """Why there is no config, and what can be done."""
-    pruned = [group for group in groups if group.name in keep]
+    left = {group.name: int(keep[group.name].sum()) if group.name in keep else group.count for group in groups}
+    pruned = [group for group in groups if left[group.name] < group.count]
     for group in pruned:
-        for other in pruned:
-            mine, its = int(keep[group.name].sum()), int(keep[other.name].sum())
+        for other in groups:
+            mine, its = left[group.name], left[other.name]
             if group.kind == other.kind != "layer" and group.count == other.count and mine != its:
                 return (
                     f"{group.name} keeps {mine} of {group.count} {_KINDS[group.kind]} and {other.name} {its}, but the "
@@ -286,12 +306,12 @@ def _refusal(model: nn.Module, groups: Sequence[UnitGroup], keep: Mapping[str, T
                     "which prunes as many everywhere, or shrink=False."
                 )
     kinds = " and ".join(dict.fromkeys(_KINDS[group.kind] for group in pruned))
-    nearest = search.nearest[1]
-    wrong = next((name for name, shape in search.expected.items() if nearest.get(name) != shape), None)
+    nearest, expected = search.nearest[1], search.goal.parameters
+    wrong = next((name for name, shape in expected.items() if nearest.get(name) != shape), None)
     shows = (
         "builds it with other Parameters"
         if wrong is None
-        else f"gives {wrong} the shape {search.expected[wrong]}"
+        else f"gives {wrong} the shape {expected[wrong]}"
         + (f"; the nearest gives {nearest[wrong]}" if wrong in nearest else "")
     )
     return (

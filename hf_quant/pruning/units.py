@@ -131,7 +131,8 @@ def find_units(
     if not chosen:
         raise ValueError(
             f"no {kind} of {type(model).__name__} is left to prune: found were those of "
-            f"{', '.join(group.name for group in groups[:5])}. Loosen `targets` or `ignore`; a model's head is pruned only if `targets` names it."
+            f"{', '.join(group.name for group in groups[:5])}. Loosen `targets` or `ignore`; a model's head is "
+            "pruned only if `targets` names it."
         )
     return chosen
 

@@ -314,3 +314,29 @@ def test_the_bar_goes_when_training_fails(tmp_path: Path, monkeypatch: pytest.Mo
         run(read_recipe(write_files(tmp_path)), console=console)
     assert screen.getvalue().count("\x1b[?25l") == screen.getvalue().count("\x1b[?25h") > 0
     assert not (tmp_path / "out" / "int8").exists()
+
+
+def test_a_recipe_prunes_shrinks_quantizes_and_compares(tmp_path: Path) -> None:
+    folder = write_files(tmp_path)
+    neurons = {"structure": "neuron", "final_sparsity": 0.5, "uniform": True, "shrink": True}
+    heads = {"structure": "head", "final_sparsity": 0.5, "scope": "layer"}
+    steps = {"start_step": 1, "end_step": 4}
+    pruning = [{**neurons, **steps}, {**heads, **steps}]
+    recipe = read_recipe(folder, pruning=pruning, evaluation={"baseline": "train"})
+    result = run(recipe, console=record())
+    int8 = load_quantized(result.int8_model)
+    dense = AutoModelForSequenceClassification.from_pretrained(result.float_model)
+    assert int8.config.intermediate_size == dense.config.intermediate_size // 2
+    assert Recipe.from_yaml(result.int8_model / "recipe.yaml") == recipe
+    assert result.comparison is not None
+
+
+def test_a_recipe_that_cannot_shrink_says_so_before_training(tmp_path: Path) -> None:
+    folder = write_files(tmp_path)
+    recipe = read_recipe(folder, pruning={"structure": "neuron", "final_sparsity": 0.5, "shrink": True})
+    with pytest.raises(RecipeError, match=r"`pruning`: `shrink=True` with scope 'global' leaves each layer another"):
+        run(recipe, console=record())
+    assert not (folder / "out").exists()
+    recipe = read_recipe(folder, pruning=[{"final_sparsity": 0.5}, {"final_sparsity": 0.5, "targets": ["*.qery"]}])
+    with pytest.raises(RecipeError, match=r"`pruning\[1\]`: pattern '\*.qery' in `targets` matches no module"):
+        run(recipe, console=record())
