@@ -74,7 +74,7 @@ def select_modules(
         require_matches(option, patterns, candidates)
     chosen = {pattern: None if own is None else get_scheme(own) for pattern, own in (overrides or {}).items()}
 
-    head = _head_names(model)
+    head = head_names(model)
     tied = _tied_partners(candidates)
     quantized: dict[str, Kind] = {}
     left: dict[str, str] = {}
@@ -130,9 +130,10 @@ def select_prunable(
 ) -> dict[str, nn.Module]:
     """The modules whose weights pruning may set to 0.
 
-    Without `targets`, every `nn.Linear` and transformers `Conv1D` but the head, whether prepared for QAT or not. With
-    them, exactly what the patterns match; embeddings and heads are only chosen so. A weight that several modules
-    share is named once.
+    Without `targets`, every `nn.Linear` and transformers `Conv1D` in the model's repeated layers, whether prepared for
+    QAT or not. What stands alone stays dense: heads, and poolers, whose small weights would all be among the lowest of
+    a model; so do embeddings. With `targets`, exactly what the patterns match. A weight that several modules share is
+    named once.
 
     Args:
         model (`torch.nn.Module`): a float model.
@@ -152,7 +153,7 @@ def select_prunable(
     }
     for option, patterns in (("targets", targets), ("ignore", ignore)):
         require_matches(option, patterns, candidates)
-    head = _head_names(model)
+    head = [*head_names(model), *_alone(model, candidates)]
     chosen: dict[int, tuple[str, nn.Module]] = {}
     for name, module in candidates.items():
         wanted = (
@@ -168,6 +169,13 @@ def select_prunable(
             "Embedding modules, and none is chosen. Loosen `targets` or `ignore`."
         )
     return dict(chosen.values())
+
+
+def _alone(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """The modules outside of all lists of layers; none where the model has no such list."""
+    lists = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    alone = [name for name in names if not name.startswith(lists)]
+    return alone if lists and len(alone) < len(list(names)) else []
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -298,7 +306,7 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _head_names(model: nn.Module) -> list[str]:
+def head_names(model: nn.Module) -> list[str]:
     """The modules that make up the head: output embeddings, and what lies outside the base model.
 
     Some models do not hold their base model as one child (CLIP, T5 and Whisper for classification); there, Linear
@@ -325,6 +333,3 @@ def _tied_partners(candidates: dict[str, nn.Module]) -> dict[str, list[str]]:
         if len(names) > 1
         for name in names
     }
-
-
-_matches, _require_matches = matches, require_matches  # TEMPORARY: pruning/units.py

@@ -233,7 +233,7 @@ class PruningCallback(TrainerCallback):
         """Let the criterion see the gradients, if they count."""
         if self._pruner is None or not self.settings.criterion.needs_gradients or self.settings.constant:
             return
-        if self._timeline(state).gathers(state.global_step + 1):
+        if self._timeline(state).gathers(state.global_step + 1, self.settings.criterion.lasting):
             self._pruner.accumulate()
 
     def on_optimizer_step(

@@ -100,9 +100,10 @@ def check_resumed(pruner: Pruner, settings: PruningSettings, line: Timeline, ste
             f"training resumes at step {step}, where {wanted:.1%} of {pruner.extent} should be 0, but in the "
             f"checkpoint it is {pruner.sparsity():.1%}: it was saved by another run. Start a new run from its weights."
         )
-    # Right after an update, scores may have been renewed.
-    expected = settings.criterion.needs_gradients and not settings.constant
-    if expected and line.gathers(step) and step < line.end and not line.is_update(step) and not pruner.gathered():
+    criterion = settings.criterion
+    expected = criterion.needs_gradients and not settings.constant and line.gathers(step, criterion.lasting)
+    renewed = line.is_update(step) and not criterion.lasting
+    if expected and step < line.end and not renewed and not pruner.gathered():
         raise ValueError(
             f"training resumes at step {step}, but the scores that criterion {settings.criterion.name!r} had gathered "
             "were not loaded. If the checkpoint has them, the callback came too late: pass it to "

@@ -39,6 +39,8 @@ class Criterion:
 
     floats_per_weight: int = 0
     """float32 numbers of state for each weight."""
+    lasting: bool = False
+    """Whether gradients count from the first step of training on, rather than since the last update of the masks."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -121,6 +123,7 @@ class Movement(Criterion):
     """
 
     floats_per_weight = 1
+    lasting = True
 
     def new_state(self, weight: Tensor) -> dict[str, Tensor]:
         """`movement`: the scores."""

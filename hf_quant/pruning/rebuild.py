@@ -224,15 +224,16 @@ class _Search:
         for cut in (lists, named, {}):
             yield {path: int(keep.sum()), **cut}
 
-    def _starts(self, pruned: Sequence[UnitGroup]) -> Iterator[Edits]:
+    def _starts(self, pruned: Sequence[UnitGroup]) -> list[Edits]:
         """The config as it is, then with the size of a head written out, which may follow from others so far."""
-        yield {}
+        starts: list[Edits] = [{}]
         for name in _HEAD_SIZES:
             for group in pruned:
                 for path, value in _values(self.data) if group.kind == "head" else ():
                     beside = _at(self.data, path[:-1])
                     if isinstance(beside, dict) and beside.get(name) is None and _counts_heads(value, path, group):
-                        yield {(*path[:-1], name): _channels(group) // value}
+                        starts.append({(*path[:-1], name): _channels(group) // value})
+        return [start for place, start in enumerate(starts) if start not in starts[:place]]
 
 
 def _values(data: Any, path: Path = ()) -> Iterator[tuple[Path, int | None]]:

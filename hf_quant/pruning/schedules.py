@@ -97,12 +97,12 @@ class Timeline:
             return self.end
         return step - (step - self.start) % self.frequency
 
-    def gathers(self, step: int) -> bool:
-        """Whether the gradient of the step that ends as number `step` counts for a coming update's scores.
+    def gathers(self, step: int, lasting: bool = False) -> bool:
+        """Whether the gradient of the step that ends as number `step` counts for the scores of a coming update.
 
-        Gradients are gathered over one `frequency` before `start` and from there to the last update.
+        From one `frequency` before `start` on, or, for lasting scores, from the first step on, to the last update.
         """
-        return self.start - self.frequency < step <= self.end
+        return (lasting or self.start - self.frequency < step) and step <= self.end
 
 
 def check_pairs(pairs: Sequence[Sequence[float]]) -> None:

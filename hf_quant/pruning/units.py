@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..targets import _head_names, _matches, _require_matches
+from ..targets import head_names, matches, require_matches
 from .blocks import find_blocks, rows_of
 from .layers import kind_of
 from .probing import Cut, Sources, is_linear_like, output_dim, run_cut, synthetic_batch
@@ -112,13 +112,13 @@ def find_units(
     members = {group.name: _members(group) for group in groups}
     names = [name for group in groups for name in members[group.name]]
     for option, patterns in (("targets", targets), ("ignore", ignore)):
-        _require_matches(option, patterns, names)
-    head = () if targets is not None else _head_names(model)
+        require_matches(option, patterns, names)
+    head = () if targets is not None else head_names(model)
 
     def is_chosen(own: list[str]) -> bool:
         in_head = any(name == part or name.startswith(part + ".") for part in head for name in own)
-        wanted = targets is None or any(_matches(name, targets) for name in own)
-        return wanted and not in_head and not any(_matches(name, ignore or ()) for name in own)
+        wanted = targets is None or any(matches(name, targets) for name in own)
+        return wanted and not in_head and not any(matches(name, ignore or ()) for name in own)
 
     if kind == "layer":
         chosen = []

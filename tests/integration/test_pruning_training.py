@@ -19,19 +19,19 @@ CRITERIA = ("magnitude", "l2", "random", "movement", "soft_movement", "first_ord
 
 
 def _is_target(name: str, tensor: torch.Tensor) -> bool:
-    return (".layer." in name or ".pooler." in name) and name.endswith("weight") and tensor.ndim == 2
+    return ".layer." in name and name.endswith("weight") and tensor.ndim == 2
 
 
 def zeros(folder: Path) -> float:
-    """Share of zeros of the base model's Linear weights in a folder's safetensors."""
+    """Share of zeros of the layers' Linear weights in a folder's safetensors."""
     tensors = load_file(folder / "model.safetensors")
     weights = [tensor for name, tensor in tensors.items() if _is_target(name, tensor)]
-    assert len(weights) == 13
+    assert len(weights) == 12
     return sum(int((t == 0).sum()) for t in weights) / sum(t.numel() for t in weights)
 
 
 def pruned(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The base model's Linear weights by name."""
+    """The layers' Linear weights by name."""
     return {
         name: parameter.detach()
         for name, parameter in model.named_parameters()
@@ -209,8 +209,8 @@ def test_prune_then_qat_then_int8(tmp_path, scheme, structure, pruning_first):
     callbacks = [pruning, QATCallback(scheme, start_step=4)]
     trainer = make_trainer(tmp_path, callbacks=callbacks if pruning_first else callbacks[::-1])
     trainer.train()
-    int8 = {name: m for name, m in quantized_modules(trainer.model).items() if ".layer." in name or ".pooler." in name}
-    assert len(int8) == 13
+    int8 = {name: m for name, m in quantized_modules(trainer.model).items() if ".layer." in name}
+    assert len(int8) == 12
     zero = sum(int((m.int8_weight == 0).sum()) for m in int8.values())
     total = sum(m.int8_weight.numel() for m in int8.values())
     # Rounding adds zeros, never takes one.
@@ -228,7 +228,7 @@ def test_logs_show_goal_and_sparsity(tmp_path):
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert [entry["sparsity_goal"] for entry in logs[:2]] == [0, 0]
     assert logs[-1]["sparsity"] == pytest.approx(0.5, abs=1e-3)
-    assert len([key for key in logs[-1] if key.startswith("sparsity/bert.")]) == 13
+    assert len([key for key in logs[-1] if key.startswith("sparsity/bert.encoder")]) == 12
     for entry in logs:
         assert entry["sparsity"] == pytest.approx(entry["sparsity_goal"], abs=1e-3)
 
@@ -241,6 +241,18 @@ def test_the_record_is_json_beside_the_checkpoint(tmp_path):
     (record,) = state["stateful_callbacks"]["hf_quant.pruning"].values()
     assert [step for step, *_ in record["history"]] == [2, 4]
     assert (record["start_step"], record["end_step"]) == (2, 6)
+
+
+def test_what_stands_alone_stays_dense(tmp_path):
+    """A pooler's weights are small: among all of the model's lowest, nearly all of them would be pruned."""
+    trainer = make_trainer(tmp_path, callbacks=[PruningCallback(0.9, start_step=1, end_step=4)])
+    trainer.train()
+    assert not bool((trainer.model.bert.pooler.dense.weight == 0).any())
+    assert not bool((trainer.model.classifier.weight == 0).any())
+    named = PruningCallback(0.5, start_step=1, end_step=4, targets=["*.pooler.dense"])
+    trainer = make_trainer(tmp_path, callbacks=[named])
+    trainer.train()
+    assert float((trainer.model.bert.pooler.dense.weight == 0).float().mean()) == 0.5
 
 
 def test_two_callbacks_share_a_model(tmp_path):
