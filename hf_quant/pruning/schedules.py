@@ -80,7 +80,9 @@ class Timeline:
         if not isinstance(self.schedule, str):
             at = bisect.bisect_right([first for first, _ in self.schedule], step) - 1
             return self.schedule[at][1]
-        done = 1.0 if step >= self.end else (self.last_update(step) - self.start) / (self.end - self.start)
+        if step >= self.end:
+            return final  # to the last bit
+        done = (self.last_update(step) - self.start) / (self.end - self.start)
         return initial + (final - initial) * share_of_way(self.schedule, done)
 
     def is_update(self, step: int) -> bool:
