@@ -44,9 +44,13 @@ QAT_START = 0.75
 BUILD = MODELS.parent / "pruning"
 
 
+def folder_of(task: str, row: str) -> Path:
+    return BUILD / task / re.sub(r"[ ,%]+", "-", row).strip("-").replace(":", "of")
+
+
 def trained(task: str, row: str, given: Examples) -> dict[str, Any]:
     """A row and its int8 twin, by kind: logits on the dev set, size, sparsity, seconds; trained first."""
-    folder = BUILD / task / re.sub(r"[ ,%]+", "-", row).strip("-").replace(":", "of")
+    folder = folder_of(task, row)
     done = folder / "found.json"
     if done.is_file():
         return json.loads(done.read_text(encoding="utf-8"))
