@@ -44,7 +44,8 @@ def run(recipe: Recipe, *, overwrite: bool = False, resume: bool = False, consol
     """Carries out a recipe.
 
     The output folder then holds `int8/` (the model, its tokenizer and the recipe), `float/` (the twin, where the
-    baseline is `train`), `checkpoints/`, `recipe.yaml`, and `report.json`, `report.md` and `report.html`.
+    baseline is `train`), `checkpoints/`, `recipe.yaml`, and `report.json`, `report.md` and `report.html`; where the
+    recipe prunes, `pruning.html`, the sparsity wanted and reached.
 
     Args:
         recipe ([`Recipe`]): what to do.
@@ -80,7 +81,10 @@ def run(recipe: Recipe, *, overwrite: bool = False, resume: bool = False, consol
     if resume and _finished(int8, recipe):
         console.out(f"kept the int8 model in {int8}", highlight=False)
     else:
-        trainer = _train(prepared, prepared.model, "int8", recipe.callbacks(), resume, console)
+        callbacks = recipe.callbacks()
+        trainer = _train(prepared, prepared.model, "int8", callbacks, resume, console)
+        for path, callback in zip(pruning_pages(output, len(recipe.pruning)), callbacks, strict=False):
+            callback.save_plot(path)
         save_quantized(trainer.model, int8, processing_class=prepared.tokenizer, overwrite=True)
         if recipe.evaluation.baseline == "none":
             trainer.evaluate()  # prints what a comparison would otherwise say
@@ -107,6 +111,11 @@ def run(recipe: Recipe, *, overwrite: bool = False, resume: bool = False, consol
     report = output / "report.html"
     console.out(f"report: {report}", highlight=False)
     return RunResult(int8, baseline, report, comparison)
+
+
+def pruning_pages(output: Path, count: int) -> list[Path]:
+    """Where the pictures of `count` pruning schedules go."""
+    return [output / ("pruning.html" if count == 1 else f"pruning-{index + 1}.html") for index in range(count)]
 
 
 def _baseline(prepared: Prepared, resume: bool, console: Console) -> Path | None:

@@ -101,6 +101,56 @@ class Quantization:
 
 
 @dataclass
+class Distillation:
+    """The arguments of [`DistillationCallback`]: a teacher's outputs are learnt beside the labels.
+
+    Args:
+        teacher (`str`, *optional*):
+            Folder or hub id of the teacher. Without it, the float model that the run starts from is fine-tuned by
+            the run itself and teaches its own pruned or int8 version.
+        hardness (`float`, *optional*, defaults to 0.5): share of the teacher in the loss; the labels have the rest.
+        temperature (`float`, *optional*, defaults to 2.0): of both softmaxes; higher shows more of the small logits.
+        hidden_states (`bool` or `dict[int, int]`, *optional*, defaults to `False`):
+            Whether hidden states are learnt too; or which layer of the student learns from which of the teacher.
+        attention (`bool` or `dict[int, int]`, *optional*, defaults to `False`): the same for attention maps.
+        cache (`str`, *optional*): folder in which the teacher's outputs are kept for later epochs.
+        start_step (`int` or `float`, *optional*, defaults to 0):
+            First step with distillation. An `int` counts optimizer steps, a `float` in [0, 1) is a share of all.
+        end_step (`int` or `float`, *optional*): first step without it; none, by default.
+    """
+
+    teacher: str | None = None
+    hardness: float = field(default=0.5, metadata={"minimum": 0, "maximum": 1})
+    temperature: float = field(default=2.0, metadata={"exclusiveMinimum": 0})
+    hidden_states: bool | dict[int, int] = False
+    attention: bool | dict[int, int] = False
+    cache: str | None = None
+    start_step: int | float = 0
+    end_step: int | float | None = None
+
+    def __post_init__(self) -> None:
+        self.hidden_states = _layer_map(self.hidden_states)
+        self.attention = _layer_map(self.attention)
+
+
+@dataclass
+class Hub:
+    """Where the finished model goes on the Hugging Face hub; without this section it goes nowhere.
+
+    The token is that of `hf auth login` or of the environment: a recipe is saved beside the weights.
+
+    Args:
+        repo_id (`str`): the repository, as `user/name`; it is made where there is none.
+        private (`bool`, *optional*, defaults to `True`): whether a new repository is private.
+        commit_message (`str`, *optional*): of the upload.
+    """
+
+    repo_id: str | None = None
+    private: bool = True
+    commit_message: str | None = None
+
+
+@dataclass
 class Evaluation:
     """How the int8 model is measured against a float one.
 
@@ -115,3 +165,10 @@ class Evaluation:
     baseline: str = "train"
     batch_size: int = field(default=32, metadata={"minimum": 1})
     max_samples: int | None = field(default=None, metadata={"minimum": 1})
+
+
+def _layer_map(value: bool | dict[int, int]) -> bool | dict[int, int]:
+    """A map of layers with numbers as keys: YAML's and JSON's keys arrive as text."""
+    if not isinstance(value, dict):
+        return value
+    return {int(key) if str(key).isdecimal() else key: other for key, other in value.items()}

@@ -22,9 +22,9 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
 def check_keys(section: Mapping[str, Any], path: KeyPath, allowed: Iterable[str], source: Source) -> list[Problem]:
     """One problem for every key of `section` that is not allowed."""
     allowed = list(allowed)
-    where = f" in `{'.'.join(map(str, path))}`" if path else ""
+    where = f" in `{dotted(path)}`" if path else ""
     return [
-        source.problem((*path, key), f"unknown key `{key}`{where}{nearest(key, allowed)}", at_key=True)
+        source.problem((*path, key), f"unknown key `{_short(key)}`{where}{nearest(key, allowed)}", at_key=True)
         for key in section
         if key not in allowed
     ]
@@ -38,8 +38,8 @@ def check_type(value: Any, hint: Any, path: KeyPath, source: Source, choices: It
         return []
     choices = choices or _choices(hint)
     if choices and isinstance(value, str):
-        return [source.problem(path, f"`{name}` cannot be {value!r}{nearest(value, map(str, choices))}")]
-    message = f"`{name}` must be {describe(hint, choices)}, but is {_show(value)}"
+        return [source.problem(path, f"`{name}` cannot be {show(value)}{nearest(value, map(str, choices))}")]
+    message = f"`{name}` must be {describe(hint, choices)}, but is {show(value)}"
     if value is False and "no" in choices:
         message += '; YAML reads a bare `no` as false: write "no"'
     return [source.problem(path, message)]
@@ -122,12 +122,16 @@ def dotted(path: KeyPath) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
 
 
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
+    """A value in a message: short, and in YAML's words where they differ from Python's."""
     if value is None:
         return "empty"
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, (dict, list)):
         return f"a {'mapping' if isinstance(value, dict) else 'list'}"
-    shown = repr(value)
-    return shown if len(shown) <= 60 else shown[:57] + "..."
+    return _short(repr(value))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -32,11 +32,7 @@ def zeros(folder: Path) -> float:
 
 def pruned(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The layers' Linear weights by name."""
-    return {
-        name: parameter.detach()
-        for name, parameter in model.named_parameters()
-        if _is_target(name, parameter)
-    }
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if _is_target(name, parameter)}
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
@@ -286,3 +282,35 @@ def test_a_mid_training_checkpoint_loads_plainly(tmp_path):
     assert not info["missing_keys"]
     assert all(name.rpartition(".")[2].startswith("pruning_") for name in info["unexpected_keys"])
     assert sum(int((w == 0).sum()) for w in pruned(model).values()) > 0
+
+
+def test_reporters_see_sparsity_after_attach(tmp_path):
+    """A reporter such as TensorBoard's reads the logs in on_log, before callbacks that were passed to the Trainer."""
+
+    class Reporter(TrainerCallback):
+        seen: list[dict[str, float]] = []  # noqa: RUF012
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            self.seen.append(dict(logs))
+
+    trainer = make_trainer(tmp_path, callbacks=[Reporter()])
+    PruningCallback(0.5, start_step=1, end_step=4, log_modules=True).attach(trainer)
+    trainer.train()
+    assert Reporter.seen[0]["sparsity"] > 0
+    assert "sparsity/bert.encoder.layer.0.attention.self.query" in Reporter.seen[0]
+
+
+def test_the_plot_shows_each_update(tmp_path):
+    callback = PruningCallback(0.5, start_step=2, end_step=6, frequency=1)
+    make_trainer(tmp_path, callbacks=[callback]).train()
+    callback.save_plot(tmp_path / "pruning.html")
+    page = (tmp_path / "pruning.html").read_text(encoding="utf-8")
+    assert page.count("<circle") == len(callback.history) == 5
+
+
+def test_rows_of_a_tied_embedding(tmp_path):
+    callback = PruningCallback(0.5, structure="row", targets=["*.embed_tokens"], start_step=1, end_step=4)
+    trainer = make_trainer(tmp_path, tiny_llama(), [callback], causal=True)
+    trainer.train()
+    weight = trainer.model.get_output_embeddings().weight
+    assert int((weight == 0).all(1).sum()) == len(weight) // 2

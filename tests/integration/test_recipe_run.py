@@ -329,6 +329,8 @@ def test_a_recipe_prunes_shrinks_quantizes_and_compares(tmp_path: Path) -> None:
     assert int8.config.intermediate_size == dense.config.intermediate_size // 2
     assert Recipe.from_yaml(result.int8_model / "recipe.yaml") == recipe
     assert result.comparison is not None
+    for index in (1, 2):
+        assert "<svg" in (folder / "out" / f"pruning-{index}.html").read_text(encoding="utf-8")
 
 
 def test_a_recipe_that_cannot_shrink_says_so_before_training(tmp_path: Path) -> None:
