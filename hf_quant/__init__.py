@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .callbacks.distillation import DistillationCallback
     from .callbacks.pruning import PruningCallback
     from .callbacks.qat import QATCallback
     from .checkpoint import load_quantized, save_quantized
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .runtime.sparse import use_semi_structured
 
 _HOME_OF = {
+    "DistillationCallback": ".callbacks.distillation",
     "PruningCallback": ".callbacks.pruning",
     "QATCallback": ".callbacks.qat",
     "Calibration": ".quantization.calibration",
@@ -48,6 +50,7 @@ _HOME_OF = {
 __all__ = [  # noqa: RUF022 - in the order in which a user meets them
     "QATCallback",
     "PruningCallback",
+    "DistillationCallback",
     "shrink_vocabulary",
     "use_semi_structured",
     "quantize_dynamic",

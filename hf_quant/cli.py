@@ -1,4 +1,4 @@
-"""The command line: `hf-quant run`, `quantize`, `compare`, `inspect`.
+"""The command line: `hf-quant run`, `quantize`, `compare`, `inspect`, `schema`.
 
 Nothing heavy is imported until a command runs, so that `--help` answers at once.
 """
@@ -16,6 +16,7 @@ from .commands.common import OverwriteOption, console, quiet
 from .commands.compare import compare
 from .commands.inspect import inspect
 from .commands.quantize import quantize
+from .commands.schema import schema
 
 USER_ERROR = 2
 TRACEBACK_VARIABLE = "HF_QUANT_TRACEBACK"
@@ -54,19 +55,26 @@ def run(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder to write to, in the place of the recipe's `output`.")
     ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="KEY=VALUE in the place of the recipe's, as training.learning_rate=3e-5; repeatable."
+        ),
+    ] = None,
     overwrite: OverwriteOption = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an earlier run of the same recipe in the output folder.")
     ] = False,
 ) -> None:
-    """Train, convert to int8, save, compare with float, report: as a recipe says."""
+    """Train, prune, distil, convert to int8, save, compare with float, report: as a recipe says."""
     import dataclasses
 
+    from .recipe.resolve import parse_settings
     from .recipe.schema import Recipe
 
     if overwrite and resume:
         raise ValueError("--overwrite starts anew and --resume goes on; give one of them.")
-    parsed = Recipe.from_yaml(recipe)
+    parsed = Recipe.from_yaml(recipe, parse_settings(settings or ()))
     if output is not None:
         parsed = dataclasses.replace(parsed, output=str(output))
     quiet()
@@ -78,6 +86,7 @@ def run(
 app.command()(quantize)
 app.command()(compare)
 app.command()(inspect)
+app.command()(schema)
 
 
 def main() -> None:

@@ -35,8 +35,8 @@ class PruningCallback(TrainerCallback):
     ```
 
     From `start_step` to `end_step` the weights with the lowest scores are set to 0, more at each update; they are
-    held at 0 after each optimizer step, so every checkpoint has true zeros in plain weights. What is pruned never
-    returns. A resumed run goes on to the same bytes as one left alone.
+    held at 0 after each optimizer step, so every checkpoint has true zeros in plain weights. What is pruned does not
+    return, but by movement until `end_step`. A resumed run goes on to the same bytes as one left alone.
 
     A checkpoint whose metric came before `end_step` is not sparse enough and is never loaded as the best one.
 

@@ -54,13 +54,13 @@ def from_regex(regex: str, how: How, suffix: str = "") -> tuple[list[str], str]:
     except (re.error, OverflowError, RecursionError) as error:
         return [], f"no regular expression ({error})"
     try:
-        begins, ends = how != "search", how == "fullmatch"
+        begins, ends, whole_regex = how != "search", how == "fullmatch", regex
         if regex.startswith("^"):
             regex, begins = regex[1:], True
         if regex.endswith("$") and not regex.endswith("\\$"):
             regex, ends = regex[:-1], True
-        if "|" in _outside_groups(regex) and (how != "fullmatch"):
-            raise _InexactError("alternatives outside of parentheses")
+        if regex != whole_regex and "|" in _outside_groups(regex):
+            raise _InexactError("anchor of only one alternative")
         found, rest = _alternatives(regex, 0)
         if rest != len(regex):
             raise _InexactError("unbalanced parentheses")

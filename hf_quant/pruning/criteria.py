@@ -41,6 +41,8 @@ class Criterion:
     """float32 numbers of state for each weight."""
     lasting: bool = False
     """Whether gradients count from the first step of training on, rather than since the last update of the masks."""
+    revives: bool = False
+    """Whether a pruned weight may return; [`~Criterion.compensate`] then gives it back its value."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -119,32 +121,42 @@ class Movement(Criterion):
     """Sanh et al. (2020), "Movement Pruning", section 4: `S = -sum_t w_t * dL/dw_t`, since training began.
 
     A positive score: descent moved the weight away from 0. The paper's learning rate of scores scales all of them
-    alike and is left out. A pruned weight is 0, so its score no longer changes: it never returns.
+    alike and is left out. As in the paper a pruned weight keeps its value beside the 0 that the model computes with,
+    its score goes on with the straight-through gradient, and it returns when others move to 0 faster.
     """
 
-    floats_per_weight = 1
+    floats_per_weight = 2
     lasting = True
+    revives = True
 
     def new_state(self, weight: Tensor) -> dict[str, Tensor]:
-        """`movement`: the scores."""
-        return {"movement": _zeros(weight)}
+        """`movement`: the scores; `kept`: the values of pruned weights, and 0 elsewhere."""
+        return {"movement": _zeros(weight), "kept": _zeros(weight)}
 
     @torch.no_grad()
     def accumulate(self, weight: Tensor, grad: Tensor, state: Mapping[str, Tensor]) -> None:
         """See [`Criterion.accumulate`]."""
         if _is_finite(grad):
-            state["movement"].addcmul_(weight, grad, value=-1)
+            # Where one of both is a value, the other one is 0.
+            state["movement"].addcmul_(weight, grad, value=-1).addcmul_(state["kept"], grad, value=-1)
 
     def score(self, weight: Tensor, state: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
         """See [`Criterion.score`]."""
         return state["movement"].clone()
+
+    @torch.no_grad()
+    def compensate(self, weight: Tensor, pruned: Tensor, state: Mapping[str, Tensor]) -> None:
+        """Give weights that return their values, and keep those of weights that are pruned."""
+        kept = state["kept"]
+        weight.add_(kept)
+        kept.copy_(weight).mul_(pruned)
 
 
 class SoftMovement(Movement):
     """Soft movement pruning (Sanh et al., 2020, section 4): movement, and the regularizer `lambda * sum sigmoid(S)`.
 
     One step is `S <- S - rate * (w * dL/dw / r + sigmoid(S) * (1 - sigmoid(S)))`, where r is the root mean square of
-    `w * dL/dw` over the weights of the tensor that are not pruned. The paper trains scores with Adam, whose steps are
+    `w * dL/dw` over the weights of the tensor. The paper trains scores with Adam, whose steps are
     of one size; dividing by r does that with one number for each weight instead of three, and brings scores to where
     the sigmoid bends. Large scores are pulled down less than middling ones, so what moved early and much is kept.
     The paper compares scores with one threshold for the whole model; use a global scope.
@@ -160,7 +172,7 @@ class SoftMovement(Movement):
         scores = state["movement"]
         pull = torch.sigmoid(scores)
         pull.addcmul_(pull, pull, value=-1)  # the sigmoid's slope
-        step = weight.float() * grad
+        step = (weight.float() + state["kept"]) * grad
         size = torch.linalg.vector_norm(step) / torch.count_nonzero(step).clamp(min=1).sqrt()
         pull.addcdiv_(step, size.clamp(min=torch.finfo(torch.float32).tiny))
         scores.sub_(pull, alpha=self.rate)

@@ -111,11 +111,15 @@ class Pruner:
             goals (`dict[str, float]`): sparsity in [0, 1] by name.
             seed (`int`): of the `"random"` criterion, for this update.
         """
+        self.apply()  # the optimizer has just moved what is pruned, and the zeros say what that is
         scores = {}
         for name, parameter in self.plan.scored.items():
             generator = torch.Generator(parameter.device).manual_seed(seed + zlib.crc32(name.encode()))
             scores[name] = self.criterion.score(parameter.detach(), self.state[name], generator)
-        chosen = self.plan.choose(scores, self.plan.pruned(), goals, self.scope)
+        gone = self.plan.pruned()
+        if self.criterion.revives:
+            gone = {name: torch.zeros_like(mask) for name, mask in gone.items()}
+        chosen = self.plan.choose(scores, gone, goals, self.scope)
         masks = self.plan.of_parameters(chosen)
         for name, parameter in self.plan.scored.items():
             self.criterion.compensate(parameter.data, masks[name], self.state[name])

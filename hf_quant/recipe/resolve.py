@@ -18,7 +18,7 @@ _PART = re.compile(r"([A-Za-z_]\w*)((?:\[\d{1,4}\])*)")
 def resolve(path: str | os.PathLike[str], overrides: Mapping[str, str] | None = None) -> Source:
     """Reads a recipe, all that it extends, and lays `overrides` above it.
 
-    Mappings merge key by key; anything else replaces what the extended recipe says, and null removes it.
+    Mappings merge key by key; anything else replaces what the extended recipe says, and null removes a key of it.
 
     Args:
         path (`str` or `Path`): a YAML file.
@@ -29,7 +29,7 @@ def resolve(path: str | os.PathLike[str], overrides: Mapping[str, str] | None = 
 
     Raises:
         `FileNotFoundError`: if there is no such file.
-        [`RecipeError`]: if it, or a recipe that it extends, is no mapping in YAML.
+        [`RecipeError`]: if it is no mapping in YAML.
     """
     source, *above = reversed(_read_chain(path))
     for child in above:
@@ -115,13 +115,21 @@ def _lay_over(base: Source, child: Source, below: dict[str, Any], above: dict[st
             base.keys[here], base.values[here] = child.keys[here], child.values[here]
             _lay_over(base, child, below[key], value, here)
             continue
-        removed = value is None and key in below and child.values[here] not in unreadable
+        removes = value is None and child.values[here] not in unreadable
+        if removes and key not in below:
+            base.problems.append(child.problem(here, _nothing_to_remove(here, below)))
+            continue
         below.pop(key, None)
         _forget(base, here)
-        if not removed:
+        if not removes:
             below[key] = value
             _copy_places(child.keys, base.keys, here)
             _copy_places(child.values, base.values, here)
+
+
+def _nothing_to_remove(path: KeyPath, tree: Mapping[str, Any]) -> str:
+    message = f"`{dotted(path)}` is null, which removes a key, but there is none to remove; write {{}} for an empty "
+    return message + f"section{nearest(str(path[-1]), tree) if tree else ''}"
 
 
 def _override(source: Source, key: str, text: str) -> None:
@@ -139,8 +147,14 @@ def _override(source: Source, key: str, text: str) -> None:
     place = Place(name, 0, 0)
     for made in created:
         source.keys[made] = source.values[made] = place
+    if value is None and isinstance(container, list):
+        source.problems.append(Problem(0, 0, "an entry of a list cannot be removed; give the whole list", name))
+        return
+    if value is None and path[-1] not in container:
+        source.problems.append(Problem(0, 0, _nothing_to_remove(path, container), name))
+        return
     _forget(source, path)
-    if value is None and isinstance(container, dict) and path[-1] in container:
+    if value is None:
         del container[path[-1]]
         return
     container[path[-1]] = value

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from .sections import Data, Pruning, Quantization
+from .sections import Data, Distillation, Pruning, Quantization
 from .source import KeyPath, Problem, Source
-from .values import check_type, dotted, fits
+from .values import check_type, dotted, fits, show
 
 if TYPE_CHECKING:
     from ..evaluation.tasks import Task
@@ -27,15 +28,24 @@ def check_fields(
             continue
         value, where = values[f.name], (*path, f.name)
         wrong = check_type(value, hints[f.name], where, source)
-        minimum = f.metadata.get("minimum")
-        if not wrong and value is not None and minimum is not None and value < minimum:
-            wrong = [source.problem(where, f"`{dotted(where)}` must be {minimum} or more, but is {value}")]
+        if not wrong and value is not None and (bounds := _outside(value, f.metadata)):
+            wrong = [source.problem(where, f"`{dotted(where)}` must be {bounds}, but is {value}")]
         if not wrong and (value == "" or value == []):
             wrong = [source.problem(where, f"`{dotted(where)}` is empty; give a value or remove the key")]
         problems += wrong
     return problems
 
 
+def _outside(value: Any, metadata: Mapping[str, Any]) -> str:
+    """The bounds of a field in words where `value` is outside of them, else nothing."""
+    low, above, high = (metadata.get(key) for key in ("minimum", "exclusiveMinimum", "maximum"))  # as in JSON Schema
+    if (low is None or value >= low) and (above is None or value > above) and (high is None or value <= high):
+        return ""
+    words = [f"{low} or more"] if low is not None else [f"more than {above}"] if above is not None else []
+    return " and ".join([*words, f"{high} at most"] if high is not None else words)
+
+
+@functools.cache
 def hints_of(kind: type) -> dict[str, Any]:
     """The type hints of a section's fields."""
     return typing.get_type_hints(kind)
@@ -100,23 +110,16 @@ def check_quantization(section: dict[str, Any], training: dict[str, Any], source
         except ValueError:
             literal = Literal[tuple(SCHEMES)]  # type: ignore[valid-type]
             problems += check_type(scheme, literal, ("quantization", "scheme"), source)
+    wrong = _check_steps(section, Quantization, ("start_step", "freeze_step"), "quantization", source)
+    problems += wrong
     steps = {key: section.get(key, getattr(Quantization, key)) for key in ("start_step", "freeze_step")}
-    if not all(fits(value, int | float) for value in steps.values()):
-        return problems
-    for key, value in steps.items():
-        if value < 0 or (isinstance(value, float) and value >= 1):
-            message = (
-                f"`{key}` must be a whole number of steps from 0, or a share of all steps in [0, 1), but is {value}"
-            )
-            problems.append(source.problem(("quantization", key), message))
-    if problems:
+    if wrong or not all(fits(value, int | float) for value in steps.values()):
         return problems
 
-    total = training.get("max_steps")
-    total = total if isinstance(total, int) and total > 0 else None
+    total = _max_steps(training)
     start, freeze = (_in_steps(steps[key], total) for key in ("start_step", "freeze_step"))
     comparable = total is not None or type(steps["start_step"]) is type(steps["freeze_step"])
-    static = known is None or known.activations == "static"
+    static = known is not None and known.activations == "static"
     if static and comparable and freeze <= start:
         message = (
             f"`freeze_step` ({steps['freeze_step']}) must come after `start_step` ({steps['start_step']}): ranges are "
@@ -133,27 +136,114 @@ def check_quantization(section: dict[str, Any], training: dict[str, Any], source
     return problems
 
 
+def _check_steps(
+    section: Mapping[str, Any], kind: type, keys: tuple[str, ...], name: str, source: Source
+) -> list[Problem]:
+    """Each step by itself: a count from 0, or a share in [0, 1)."""
+    problems = []
+    for key in keys:
+        value = section.get(key, getattr(kind, key))
+        if fits(value, int | float) and (value < 0 or (isinstance(value, float) and value >= 1)):
+            message = (
+                f"`{key}` must be a whole number of steps from 0, or a share of all steps in [0, 1), but is {value}"
+            )
+            problems.append(source.problem((name, key), message))
+    return problems
+
+
+def _max_steps(training: Mapping[str, Any]) -> int | None:
+    """The number of optimizer steps, where the recipe itself says it."""
+    total = training.get("max_steps")
+    return total if isinstance(total, int) and total > 0 else None
+
+
 def _in_steps(step: int | float, total: int | None) -> float:
     # Shares round up, as in callbacks.base.resolve_step (not imported: it would bring torch).
     return math.ceil(step * total) if isinstance(step, float) and total is not None else step
 
 
-def check_pruning(sections: list[tuple[KeyPath, Any]], training: dict[str, Any], source: Source) -> list[Problem]:
-    """The names and steps of each pruning, by the rules of [`PruningCallback`]."""
-    problems: list[Problem] = []
-    for path, section in sections:
-        if not isinstance(section, dict) or not _well_typed(section, Pruning):
-            continue  # said already
-        from ..callbacks.pruning import PruningCallback
+def check_pruning(section: dict[str, Any], path: KeyPath, training: dict[str, Any], source: Source) -> list[Problem]:
+    """The names and steps of one pruning, by the rules of [`PruningCallback`]."""
+    if not _well_typed(section, Pruning):
+        return []  # said already
+    from ..callbacks.base import check_step
+    from ..callbacks.pruning import PruningCallback
+    from ..pruning.criteria import get_criterion
+    from ..pruning.schedules import check_pairs, check_schedule
+    from ..pruning.structures import get_structure
 
-        values = {key: value for key, value in section.items() if value is not None}
-        try:
-            callback = PruningCallback(**values)
-            total = training.get("max_steps")
-            if isinstance(total, int) and total > 0:
-                callback.check_steps(total)
-        except (ValueError, TypeError) as error:
-            # Its messages name the argument first; names of criteria and structures are unknown ones.
-            named = [key for key in re.findall(r"\w+", str(error)) if key in section]
-            problems.append(source.problem((*path, named[0]) if named else path, str(error).rstrip(".")))
-    return problems
+    values = {key: value for key, value in section.items() if value is not None}
+    checks: dict[str, Callable[[Any], object]] = {"structure": get_structure, "criterion": get_criterion}
+    checks["schedule"] = check_schedule if isinstance(values.get("schedule"), str) else check_pairs
+    checks |= {key: functools.partial(check_step, key) for key in ("start_step", "end_step", "frequency")}
+    problems: list[Problem] = []
+    for key in checks.keys() & values.keys():  # one by one, so that all of them are told
+        problems += _refused(functools.partial(checks[key], values[key]), (*path, key), {}, source)
+    if problems:
+        return problems
+    return _refused(lambda: _check_callback(PruningCallback(**values), training), path, section, source)
+
+
+def check_distillation(
+    section: dict[str, Any], training: dict[str, Any], compresses: bool, source: Source
+) -> list[Problem]:
+    """The teacher, the maps of layers and the steps, by the rules of [`DistillationCallback`].
+
+    Args:
+        section (`dict[str, Any]`): the recipe's `distillation`.
+        training (`dict[str, Any]`): its `training`.
+        compresses (`bool`): whether it prunes or quantizes too.
+        source ([`Source`]): for the positions in the file.
+    """
+    path = ("distillation",)
+    problems: list[Problem] = []
+    if section.get("teacher") is None and not compresses:
+        message = (
+            "`teacher` is missing in `distillation`: without `pruning` or `quantization` the model would learn from "
+            "itself. Name the folder or hub id of a teacher"
+        )
+        problems.append(source.problem(path, message, at_key=True))
+    if any(check_fields(section, Distillation, path, source)) or not _well_typed(section, Distillation):
+        return problems  # said already
+    from ..callbacks.distillation import DistillationCallback
+
+    wrong = _check_steps(section, Distillation, ("start_step", "end_step"), "distillation", source)
+    if not wrong:
+        values = dataclasses.asdict(Distillation(**section))
+        wrong = _refused(lambda: _check_callback(DistillationCallback(**values), training), path, section, source)
+    return problems + wrong
+
+
+def _check_callback(callback: Any, training: Mapping[str, Any]) -> None:
+    if total := _max_steps(training):
+        callback.check_steps(total)
+
+
+def _refused(make: Callable[[], object], path: KeyPath, section: Mapping[str, Any], source: Source) -> list[Problem]:
+    """The error that `make` raises, as a problem at the key of `section` that it names first, or at `path`."""
+    try:
+        make()
+    except (ValueError, TypeError) as error:
+        named = [key for key in re.findall(r"\w+", str(error)) if key in section]
+        return [source.problem((*path, named[0]) if named else path, str(error).rstrip("."))]
+    return []
+
+
+def check_hub(section: dict[str, Any], source: Source) -> list[Problem]:
+    """The repository's name, and that no secret stands in the recipe."""
+    if "repo_id" not in section or section["repo_id"] is None:
+        return [source.problem(("hub",), "`repo_id` is missing in `hub`: write user/name", at_key=True)]
+    repo_id = section["repo_id"]
+    if not isinstance(repo_id, str) or not repo_id:
+        return []  # said already
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError:
+        message = (
+            f"`hub.repo_id` is {show(repo_id)}, but must be `name` or `user/name` of letters, digits, `-`, `_` and "
+            "`.`, 96 characters at most"
+        )
+        return [source.problem(("hub", "repo_id"), message)]
+    return []

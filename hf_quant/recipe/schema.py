@@ -10,9 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from .rules import check_data, check_fields, check_pruning, check_quantization, hints_of, own_task
-from .sections import Data, Evaluation, Pruning, Quantization
-from .source import KeyPath, Problem, RecipeError, Source, read_source
+from .resolve import EXTENDS, resolve
+from .rules import (
+    check_data,
+    check_distillation,
+    check_fields,
+    check_hub,
+    check_pruning,
+    check_quantization,
+    hints_of,
+    own_task,
+)
+from .sections import Data, Distillation, Evaluation, Hub, Pruning, Quantization
+from .source import KeyPath, Problem, RecipeError, Source
+from .training import check_training
 from .values import check_keys, check_type
 
 if TYPE_CHECKING:
@@ -23,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Recipe:
-    """One training run that ends in a measured int8 model.
+    """One training run that ends in a measured model: pruned, distilled, int8, or all of it.
 
     ```python
     recipe = Recipe.from_yaml("recipes/mrpc-qat.yaml")
@@ -32,14 +43,16 @@ class Recipe:
 
     Args:
         model (`str`): folder or hub id of the float model to start from.
-        output (`str`): folder for the int8 model, the float twin, checkpoints and the report.
-        quantization ([`Quantization`]): arguments of [`QATCallback`].
+        output (`str`): folder for the model, the float twin, checkpoints and the report.
+        quantization ([`Quantization`], *optional*): arguments of [`QATCallback`]; without it the model stays in float.
         task (`str`, *optional*): a GLUE task; it names the columns, labels and metrics. Either `task` or `data`.
         data ([`Data`], *optional*): your own files, or where the task's files are.
         training (`dict[str, Any]`, *optional*): any fields of `TrainingArguments`; `bf16` may be `"auto"`.
         evaluation ([`Evaluation`], *optional*): what to compare with.
         seed (`int`, *optional*, defaults to 42): of the new head, the order of the data, and dropout.
         pruning (list of [`Pruning`], *optional*): arguments of [`PruningCallback`]s, each for other weights.
+        distillation ([`Distillation`], *optional*): arguments of [`DistillationCallback`].
+        hub ([`Hub`], *optional*): where the finished model is uploaded.
         source ([`Source`], *optional*): where each value stands in the file, for messages.
 
     Raises:
@@ -48,13 +61,15 @@ class Recipe:
 
     model: str
     output: str
-    quantization: Quantization
+    quantization: Quantization | None = None
     task: str | None = None
     data: Data = field(default_factory=Data)
     training: dict[str, Any] = field(default_factory=dict)
     evaluation: Evaluation = field(default_factory=Evaluation)
-    seed: int = field(default=42, metadata={"minimum": 0})
+    seed: int = field(default=42, metadata={"minimum": 0, "maximum": 2**32 - 1})
     pruning: list[Pruning] = field(default_factory=list)
+    distillation: Distillation | None = None
+    hub: Hub | None = None
     source: Source = field(default_factory=Source, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -63,38 +78,39 @@ class Recipe:
             raise RecipeError(problems)
 
     @classmethod
-    def from_yaml(cls, path: str | Path) -> Recipe:
-        """Reads and checks a recipe.
+    def from_yaml(cls, path: str | Path, overrides: Mapping[str, str] | None = None) -> Recipe:
+        """Reads and checks a recipe, with what it extends.
 
         Args:
             path (`str` or `Path`): a YAML file; recipes/README.md describes its keys.
+            overrides (`Mapping[str, str]`, *optional*):
+                Values in the place of the file's, as YAML text by key: `{"training.learning_rate": "3e-5"}`. `null`
+                removes a key. What `hf-quant run --set` does.
 
         Raises:
             `FileNotFoundError`: if there is no such file.
             [`RecipeError`]: with everything that is wrong, as `file:line:column: message`.
         """
-        source = read_source(path)
-        seen = {(problem.line, problem.column) for problem in source.problems}
-        found = [p for p in _check(source.tree, source) if (p.line, p.column) not in seen]
+        source = resolve(path, overrides)
+        seen = {problem.place for problem in source.problems}
+        found = [problem for problem in _check(source.tree, source) if problem.place not in seen]
         if source.problems or found:
             raise RecipeError(source.problems + found)
         values = dict(source.tree)
         for name, section in _SECTIONS.items():
-            values[name] = section(**(values.get(name) or {}))
+            if name in values or name not in _OPTIONAL:
+                values[name] = section(**(values.get(name) or {}))
         values["pruning"] = [Pruning(**section) for _, section in _prunings(values.get("pruning"))]
         values["training"] = values.get("training") or {}
         return cls(**values, source=source)
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain values, without those that are not set."""
-        tree: dict[str, Any] = {"model": self.model, "task": self.task, "data": dataclasses.asdict(self.data)}
-        tree |= {"training": dict(self.training), "quantization": dataclasses.asdict(self.quantization)}
-        tree |= {"evaluation": dataclasses.asdict(self.evaluation), "output": self.output, "seed": self.seed}
+        tree: dict[str, Any] = {name: getattr(self, name) for name in _ORDER}
+        tree["training"] = dict(self.training)
         for name in _SECTIONS:
-            tree[name] = {key: value for key, value in tree[name].items() if value is not None}
-        tree["pruning"] = [
-            {key: value for key, value in dataclasses.asdict(one).items() if value is not None} for one in self.pruning
-        ]
+            tree[name] = _plain(tree[name])
+        tree["pruning"] = [_plain(one) for one in self.pruning]
         return {key: value for key, value in tree.items() if value is not None and value not in ({}, [])}
 
     def to_yaml(self) -> str:
@@ -110,25 +126,35 @@ class Recipe:
     def callbacks(self) -> list[TrainerCallback]:
         """New callbacks for a `Trainer` of your own, in the order in which to pass them."""
         from ..callbacks.pruning import PruningCallback
-        from ..callbacks.qat import QATCallback
 
-        pruning = [PruningCallback(**dataclasses.asdict(one)) for one in self.pruning]
-        return [*pruning, QATCallback(**dataclasses.asdict(self.quantization))]
+        made: list[TrainerCallback] = [PruningCallback(**dataclasses.asdict(one)) for one in self.pruning]
+        if self.distillation is not None:
+            from ..callbacks.distillation import DistillationCallback
+
+            made.append(DistillationCallback(**dataclasses.asdict(self.distillation)))
+        if self.quantization is not None:
+            from ..callbacks.qat import QATCallback
+
+            made.append(QATCallback(**dataclasses.asdict(self.quantization)))
+        return made
 
 
-_SECTIONS: dict[str, type] = {"data": Data, "quantization": Quantization, "evaluation": Evaluation}
-_TOP_LEVEL = [f.name for f in dataclasses.fields(Recipe) if f.name != "source"]
+_SECTIONS: dict[str, type] = {
+    "data": Data,
+    "distillation": Distillation,
+    "quantization": Quantization,
+    "evaluation": Evaluation,
+    "hub": Hub,
+}
+_OPTIONAL = ("distillation", "quantization", "hub")  # not the same as empty
+_COMPRESSION = ("pruning", "distillation", "quantization")
+# As a reader wants them: what, on what, how, and where to.
+_ORDER = ("model", "task", "data", "training", *_COMPRESSION, "evaluation", "output", "hub", "seed")
 
 
 def _check(tree: Mapping[str, Any], source: Source) -> list[Problem]:
     """All problems of a recipe's plain values: keys, types, and the rules between them."""
-    from .training import check_training
-
-    problems = check_keys(tree, (), _TOP_LEVEL, source)
-    for name in ("model", "output", "quantization"):
-        if name not in tree:
-            hint = "; write `quantization: {}` for the defaults" if name == "quantization" else ""
-            problems.append(source.problem((), f"`{name}` is missing{hint}"))
+    problems = check_keys(tree, (), [EXTENDS, *_ORDER], source)
     problems += check_fields(tree, Recipe, (), source, skip={*_SECTIONS, "pruning", "training", "source"})
     sections: dict[str, dict[str, Any]] = {"training": {}, **{name: {} for name in _SECTIONS}}
     for name in sections:
@@ -150,9 +176,36 @@ def _check(tree: Mapping[str, Any], source: Source) -> list[Problem]:
         problems += check_keys(section, path, hints_of(Pruning), source)
         problems += check_fields(section, Pruning, path, source)
     problems += check_training(sections["training"], source)
+    if source.whole:  # else what is missing may stand in a recipe that could not be read
+        problems += _check_rules(tree, sections, prunings, source)
+    return problems
+
+
+def _check_rules(
+    tree: Mapping[str, Any],
+    sections: dict[str, dict[str, Any]],
+    prunings: list[tuple[KeyPath, Any]],
+    source: Source,
+) -> list[Problem]:
+    """What is missing, and what does not fit together."""
+    problems = [source.problem((), f"`{name}` is missing") for name in ("model", "output") if name not in tree]
+    compresses = tree.get("pruning") not in (None, []) or "quantization" in tree
+    if not compresses and "distillation" not in tree:
+        message = (
+            f"nothing to do: a recipe has at least one of {', '.join(f'`{name}`' for name in _COMPRESSION)}; write "
+            "`quantization: {}` for int8 with the defaults"
+        )
+        problems.append(source.problem((), message))
     problems += check_data(tree.get("task"), sections["data"], source)
-    problems += check_quantization(sections["quantization"], sections["training"], source)
-    problems += check_pruning(prunings, sections["training"], source)
+    for path, section in prunings:
+        if isinstance(section, dict):
+            problems += check_pruning(section, path, sections["training"], source)
+    if "distillation" in tree:
+        problems += check_distillation(sections["distillation"], sections["training"], compresses, source)
+    if "quantization" in tree:
+        problems += check_quantization(sections["quantization"], sections["training"], source)
+    if "hub" in tree:
+        problems += check_hub(sections["hub"], source)
     return problems
 
 
@@ -161,3 +214,10 @@ def _prunings(value: Any) -> list[tuple[KeyPath, Any]]:
     if isinstance(value, dict):
         return [(("pruning",), value)]
     return [(("pruning", index), one) for index, one in enumerate(value)] if isinstance(value, list) else []
+
+
+def _plain(section: Any) -> dict[str, Any] | None:
+    """A section as a mapping without what is not set; `None` for a section that is not there."""
+    if section is None:
+        return None
+    return {key: value for key, value in dataclasses.asdict(section).items() if value is not None}

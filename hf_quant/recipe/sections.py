@@ -102,25 +102,25 @@ class Quantization:
 
 @dataclass
 class Distillation:
-    """The arguments of [`DistillationCallback`]: a teacher's outputs are learnt beside the labels.
+    """The arguments of [`DistillationCallback`].
 
     Args:
         teacher (`str`, *optional*):
-            Folder or hub id of the teacher. Without it, the float model that the run starts from is fine-tuned by
-            the run itself and teaches its own pruned or int8 version.
-        hardness (`float`, *optional*, defaults to 0.5): share of the teacher in the loss; the labels have the rest.
-        temperature (`float`, *optional*, defaults to 2.0): of both softmaxes; higher shows more of the small logits.
+            Folder or hub id of a float model. Without it, the float model that the run starts from teaches its own
+            pruned or int8 version.
+        hardness (`float`, *optional*, defaults to 0.5): weight of the teacher against the task, in (0, 1].
+        temperature (`float`, *optional*, defaults to 2.0): by which logits are divided on both sides.
         hidden_states (`bool` or `dict[int, int]`, *optional*, defaults to `False`):
-            Whether hidden states are learnt too; or which layer of the student learns from which of the teacher.
-        attention (`bool` or `dict[int, int]`, *optional*, defaults to `False`): the same for attention maps.
-        cache (`str`, *optional*): folder in which the teacher's outputs are kept for later epochs.
+            Whether hidden states are to be alike too; or which layer of the student learns from which of the teacher.
+        attention (`bool` or `dict[int, int]`, *optional*, defaults to `False`): the same for attention probabilities.
+        cache (`str`, *optional*): folder in which the teacher's predictions are kept for later epochs.
         start_step (`int` or `float`, *optional*, defaults to 0):
-            First step with distillation. An `int` counts optimizer steps, a `float` in [0, 1) is a share of all.
-        end_step (`int` or `float`, *optional*): first step without it; none, by default.
+            First step with a teacher. An `int` counts optimizer steps, a `float` in [0, 1) is a share of all.
+        end_step (`int` or `float`, *optional*): first step without it again; by default there is none.
     """
 
     teacher: str | None = None
-    hardness: float = field(default=0.5, metadata={"minimum": 0, "maximum": 1})
+    hardness: float = field(default=0.5, metadata={"exclusiveMinimum": 0, "maximum": 1})
     temperature: float = field(default=2.0, metadata={"exclusiveMinimum": 0})
     hidden_states: bool | dict[int, int] = False
     attention: bool | dict[int, int] = False

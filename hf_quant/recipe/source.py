@@ -188,6 +188,8 @@ def _compose(text: str, file: str) -> yaml.Node | None:
     try:
         _check_events(text, file)
         return yaml.compose(text, Loader=_Loader)
+    except RecipeError:  # a ValueError, like what follows
+        raise
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)

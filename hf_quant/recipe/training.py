@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,16 @@ _RENAMED = {
 }
 
 
+@functools.cache
+def training_fields() -> dict[str, tuple[Any, list[Any]]]:
+    """What the `training` section may hold: the type of each field by name, and its choices where there are any."""
+    from transformers import TrainingArguments
+
+    hints = {**typing.get_type_hints(TrainingArguments), "bf16": bool | typing.Literal["auto"]}
+    fields = [field for field in dataclasses.fields(TrainingArguments) if field.init and field.name not in _RESERVED]
+    return {field.name: (hints[field.name], list(field.metadata.get("choices", ()))) for field in fields}
+
+
 def check_training(section: dict[str, Any], source: Source) -> list[Problem]:
     """What is wrong in a recipe's `training` section.
 
@@ -36,10 +47,6 @@ def check_training(section: dict[str, Any], source: Source) -> list[Problem]:
         section (`dict[str, Any]`): fields of `TrainingArguments` by name; `bf16` may also be `"auto"`.
         source ([`Source`]): for the positions in the file.
     """
-    if not section:
-        return []
-    from transformers import TrainingArguments
-
     problems: list[Problem] = []
     named: dict[str, Any] = {}
     for key, value in section.items():
@@ -51,15 +58,10 @@ def check_training(section: dict[str, Any], source: Source) -> list[Problem]:
             problems.append(source.problem(("training", key), message, at_key=True))
         else:
             named[key] = value
-    hints = typing.get_type_hints(TrainingArguments)
-    fields = {field.name: field for field in dataclasses.fields(TrainingArguments) if field.init}
-    problems += check_keys(named, ("training",), [name for name in fields if name not in _RESERVED], source)
+    fields = training_fields() if section else {}
+    problems += check_keys(named, ("training",), fields, source)
     for key in named.keys() & fields.keys():
-        if key == "bf16" and named[key] == "auto":
-            continue
-        hint = bool | typing.Literal["auto"] if key == "bf16" else hints[key]
-        choices = fields[key].metadata.get("choices", ())
-        problems += check_type(named[key], hint, ("training", key), source, choices)
+        problems += check_type(named[key], fields[key][0], ("training", key), source, fields[key][1])
     return problems
 
 

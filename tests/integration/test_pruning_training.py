@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -237,6 +238,26 @@ def test_the_record_is_json_beside_the_checkpoint(tmp_path):
     (record,) = state["stateful_callbacks"]["hf_quant.pruning"].values()
     assert [step for step, *_ in record["history"]] == [2, 4]
     assert (record["start_step"], record["end_step"]) == (2, 6)
+
+
+@pytest.mark.parametrize(("criterion", "returns"), [("movement", True), ("magnitude", False), ("fisher", False)])
+def test_only_movement_lets_weights_return(tmp_path, criterion, returns):
+    seen: list[dict[str, torch.Tensor]] = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            seen.append({name: weight == 0 for name, weight in pruned(model).items()})
+
+    callback = PruningCallback(0.5, start_step=1, end_step=7, frequency=1, criterion=criterion)
+    trainer = make_trainer(tmp_path, callbacks=[callback, Watch()], changes={"learning_rate": 0.02})
+    trainer.train()
+    back = [
+        int((before[name] & ~after[name]).sum())
+        for before, after in itertools.pairwise(seen)
+        for name in before
+    ]
+    assert (sum(back) > 0) is returns
+    assert all(torch.equal(seen[6][name], seen[7][name]) for name in seen[6])
 
 
 def test_what_stands_alone_stays_dense(tmp_path):

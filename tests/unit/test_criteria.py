@@ -78,7 +78,7 @@ def test_soft_movement_does_not_depend_on_the_size_of_gradients_and_pulls_scores
 
 def test_pull_of_soft_movement_lets_strong_scores_be() -> None:
     criterion = get_criterion("soft_movement")
-    state = {"movement": torch.tensor([-6.0, 0.0, 6.0])}
+    state = {"movement": torch.tensor([-6.0, 0.0, 6.0]), "kept": torch.zeros(3)}
     before = state["movement"].clone()
     criterion.accumulate(torch.ones(3), torch.zeros(3), state)
     pull = before - state["movement"]
@@ -120,6 +120,24 @@ def test_means_begin_anew_after_an_update(name: str) -> None:
     for weight, gradient in zip(later, found, strict=True):
         criterion.accumulate(weight, gradient, state)
     assert torch.equal(scores(name, later, found), scores(name, later, found, state=state))
+
+
+def test_a_pruned_weight_keeps_its_value_and_its_score_goes_on() -> None:
+    """Straight through: dL/dS = W * dL/d(W * M), with the value that the weight had, whether its mask is 1 or 0."""
+    criterion = get_criterion("movement")
+    weight, pruned = torch.tensor([1.0, -2.0, 3.0, 0.5]), torch.tensor([True, False, True, False])
+    state = criterion.new_state(weight)
+    dense = weight.clone()
+    criterion.compensate(weight, pruned, state)
+    weight.mul_(~pruned)  # the caller's part
+    assert weight.tolist() == [0.0, -2.0, 0.0, 0.5]
+    gradient = torch.tensor([0.1, 0.2, -0.3, 0.4])
+    criterion.accumulate(weight, gradient, state)
+    torch.testing.assert_close(state["movement"], -dense * gradient)
+    weight[1] = -2.5  # training goes on
+    criterion.compensate(weight, torch.tensor([False, True, True, False]), state)
+    assert weight[0] == 1.0, "the first one returns with its value"
+    assert state["kept"].tolist() == [0.0, -2.5, 3.0, 0.0]
 
 
 @pytest.mark.parametrize("name", ["movement", "soft_movement"])
@@ -285,8 +303,8 @@ def test_memory_is_what_the_state_takes(name: str, shape: tuple[int, ...]) -> No
         ("magnitude", 0, 0),
         ("l2", 0, 0),
         ("random", 0, 0),
-        ("movement", 1, 0),
-        ("soft_movement", 1, 0),
+        ("movement", 2, 0),
+        ("soft_movement", 2, 0),
         ("first_order", 1, 8),
         ("fisher", 1, 8),
         ("block_fisher", 16, 8),

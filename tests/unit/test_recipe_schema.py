@@ -94,7 +94,7 @@ def test_an_empty_section_is_its_defaults(tmp_path: Path) -> None:
         ("output: out\n", "", "1:1: `output` is missing"),
         ("model: some/model", "model:", "1:7: `model` must be text, but is empty"),
         ("output: out", 'output: ""', "12:9: `output` is empty; give a value or remove the key"),
-        ("output: out", "output: out\nseed: -1", "13:7: `seed` must be 0 or more, but is -1"),
+        ("output: out", "output: out\nseed: -1", "13:7: `seed` must be 0 or more and 4294967295 at most, but is -1"),
         ("output: out", "output: out\nseed: 1.5", "13:7: `seed` must be a whole number, but is 1.5"),
         ("output: out", "output: out\nseed: true", "13:7: `seed` must be a whole number, but is true"),
         ("output: out", "output: out\ntask: mrcp", "13:7: unknown task 'mrcp'"),
@@ -126,7 +126,7 @@ def test_an_empty_section_is_its_defaults(tmp_path: Path) -> None:
         ("training:\n", "training: 3\nx:\n", "6:11: `training` must be a mapping, but is 3"),
         ("output: out", "output: out\nevaluation: {batch_size: 0}", "13:26: `evaluation.batch_size` must be 1 or"),
         ("output: out", "output: out\noutput: b", "13:1: key `output` is repeated (first on line 12)"),
-        ("output: out", "output: out\n1: b", "13:1: a key must be text, but this is '1'; put it in quotes"),
+        ("output: out", "output: out\n1: b", "13:1: unknown key `1`; allowed: extends, model, task"),
         ("output: out", "output: 2024-01-01", "12:9: '2024-01-01' reads as YAML `timestamp`, which"),
         ("output: out", "output: !!python/name:os.system ''", "12:9: '' reads as YAML `python/name:os.system`"),
         ("output: out", "output: !!int x", "12:9: 'x' is no int"),
@@ -168,8 +168,13 @@ def test_an_unreadable_value_is_told_once(tmp_path: Path) -> None:
         (b"# nothing\n", "1:1: the recipe is empty"),
         (b"- a\n- b\n", "1:1: a recipe is a mapping of keys to values"),
         (b"\xff\xfe\x00\x01", "1:1: not a text file in UTF-8"),
-        (b"model: a\x07b\n", "1:1: not valid YAML: "),
-        (b"[" * 900 + b"]" * 900, "1:1: not valid YAML: nested too deeply"),
+        (b"model: m\noutput: a\x07b\n", "2:10: not valid YAML: "),
+        (b"model: m\noutput: a\xffb\n", "2:10: not a text file in UTF-8"),
+        (b"[" * 900 + b"]" * 900, "1:33: nested more than 32 levels deep"),
+        (b"#" * 2**20 + b"\n", "1:1: holds 1,048,577 bytes; a recipe is a text of 1,048,576 at most"),
+        (b"model: 0x" + b"f" * 9999, "1:8: '0xf"),
+        (b"model: !!bool maybe\n", "1:8: 'maybe' is no bool"),
+        (b"model: &a b\n", "1:8: a recipe has no anchors (`&a`); remove it"),
         (b'model: "\\UFFFFFFFF"\n', "1:1: not valid YAML: "),
     ],
 )
@@ -178,7 +183,7 @@ def test_files_that_are_no_recipes(tmp_path: Path, content: bytes, expected: str
     path.write_bytes(content)
     with pytest.raises(RecipeError) as caught:
         Recipe.from_yaml(path)
-    assert str(caught.value).startswith(f"{path}:{expected}")
+    assert any(line.startswith(f"{path}:{expected}") for line in str(caught.value).splitlines()), str(caught.value)
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
@@ -261,7 +266,7 @@ _recipes = st.builds(
         st.booleans(),
     ),
     evaluation=st.builds(Evaluation, baseline=_texts, max_samples=st.none() | st.integers(1, 10**6)),
-    seed=st.integers(0, 2**40),
+    seed=st.integers(0, 2**32 - 1),
 )
 
 
@@ -372,7 +377,7 @@ def test_bf16_auto(
 
 def test_shipped_recipes_are_right() -> None:
     files = sorted((REPOSITORY / "recipes").glob("*.yaml"))
-    assert len(files) == 9
+    assert len(files) >= 9
     table = (REPOSITORY / "recipes" / "README.md").read_text(encoding="utf-8")
     for file in files:
         recipe = Recipe.from_yaml(file)
