@@ -15,6 +15,8 @@ import typer
 from .commands.common import OverwriteOption, console, quiet
 from .commands.compare import compare
 from .commands.inspect import inspect
+from .commands.migrate import migrate
+from .commands.plan import plan
 from .commands.quantize import quantize
 from .commands.schema import schema
 
@@ -83,9 +85,11 @@ def run(
     run_recipe(parsed, overwrite=overwrite, resume=resume, console=console())
 
 
+app.command()(plan)
 app.command()(quantize)
 app.command()(compare)
 app.command()(inspect)
+app.command()(migrate)
 app.command()(schema)
 
 

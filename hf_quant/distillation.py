@@ -12,6 +12,7 @@ from torch import Tensor
 from .quantization.masks import batch_masks, mask_for
 
 IGNORED = -100  # the label of a position that no loss of transformers counts
+_CHUNK, _DEVICE_CHUNK = 2**17, 2**26  # logits at a time
 LayerMap = bool | dict[int, int]
 QUESTION_OUTPUTS = ("start_logits", "end_logits")
 
@@ -22,15 +23,43 @@ def soft_target_loss(student: Tensor, teacher: Tensor, temperature: float) -> Te
     The factor T² keeps the size of the gradients when T changes (their section 2.1, eq. 4).
 
     Args:
-        student, teacher (`torch.Tensor`): logits, float32, (..., classes).
+        student, teacher (`torch.Tensor`): logits, float32, (..., classes). The teacher gets no gradient.
         temperature (`float`): T.
 
     Returns:
         `torch.Tensor`: in nats, float32, (...).
     """
-    log_p = F.log_softmax(teacher / temperature, -1)
-    log_q = F.log_softmax(student / temperature, -1)
-    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1) * temperature**2
+    classes = student.shape[-1]
+    losses = _SoftTargets.apply(student.reshape(-1, classes), teacher.reshape(-1, classes), temperature)
+    return losses.view(student.shape[:-1])
+
+
+class _SoftTargets(torch.autograd.Function):
+    """The loss of each row of (rows, classes); the gradient (their eq. 2, times T²) is computed along.
+
+    A vocabulary's logits are large: a few rows at a time stay in the CPU's cache, and one tensor of their size is kept
+    for the backward pass instead of four.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        losses, gradient = student.new_empty(len(student)), torch.empty_like(student)
+        rows = max(1, (_CHUNK if student.device.type == "cpu" else _DEVICE_CHUNK) // student.shape[-1])
+        for start in range(0, len(student), rows):
+            part = slice(start, start + rows)
+            log_p = F.log_softmax(teacher[part] / temperature, -1)
+            log_q = F.log_softmax(student[part] / temperature, -1)
+            p = log_p.exp()
+            torch.sub(log_q.exp(), p, out=gradient[part])
+            losses[part] = log_p.sub_(log_q).mul_(p).sum(-1)
+        ctx.save_for_backward(gradient)
+        ctx.temperature = temperature
+        return losses * temperature**2
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * (upstream[0] * ctx.temperature)[:, None], None, None
 
 
 def soft_label_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import textwrap
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -57,8 +59,8 @@ class DistillationHook:
         self._used = 0
         self._parameters = list(inspect.signature(core.forward).parameters)
         self._config = getattr(core, "config", None)
-        self._shifted = _shifts_labels(core)
-        self._divided = _divides_by_count(core)
+        self._shifted = shifts_labels(core)
+        self._divided = divides_by_count(core)
         self._as_tuple = False
         self._sums: Tensor | None = None
         self._forwards, self._steps, self._per_step = 0, 0, False
@@ -92,15 +94,19 @@ class DistillationHook:
             "takes the loss from the output, or leave DistillationCallback out."
         )
 
-    def averages(self) -> tuple[float, float] | None:
+    def averages(self, processes: int = 1) -> tuple[float, float] | None:
         """Means of distillation and task loss since the last call, over all processes; `None` if there was none.
 
         With `num_items_in_batch` a step's losses are parts of one mean, without it each is a mean: so they are added
         up or averaged, as the Trainer does. This is where they are moved to the CPU.
+
+        Args:
+            processes (`int`, *optional*, defaults to 1): by which the Trainer multiplies a loss that was divided by
+                the items of all processes.
         """
         if self._sums is None or self._forwards == 0:
             return None
-        sums = self._sums / (max(1, self._steps) if self._per_step else self._forwards)
+        sums = self._sums * (processes / max(1, self._steps) if self._per_step else 1 / self._forwards)
         self._sums, self._forwards, self._steps = None, 0, 0
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(sums)
@@ -226,22 +232,32 @@ def _layers(outputs: Mapping[str, Any], name: str) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
-def _shifts_labels(model: nn.Module) -> bool:
-    """Whether position i predicts the label at i + 1. The class name of some causal models (GPT-2) does not say it."""
+def shifts_labels(model: nn.Module) -> bool:
+    """Whether in the model's own loss position i predicts the label at i + 1."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return False
-    if LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss:
-        return True
-    can_generate: Callable[[], bool] | None = getattr(model, "can_generate", None)
-    return can_generate is not None and bool(can_generate())
+    if _loss_calls(model):  # the causal loss is also that of classes that name none (GPT-2)
+        return LOSS_MAPPING.get(getattr(model, "loss_type", None), ForCausalLMLoss) is ForCausalLMLoss
+    # Older ones shift by themselves, or do not: BART's decoder.
+    code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
+    return code is not None and any(name.startswith("shift") for name in code.co_varnames)
 
 
-def _divides_by_count(model: nn.Module) -> bool:
+def divides_by_count(model: nn.Module) -> bool:
     """Whether the model's own loss is divided by `num_items_in_batch`, which the Trainer passes to any that takes it.
 
     Many (BERT) ignore it and return the mean over the batch; then ours is a mean too, or `hardness` would weigh unlike
     against unlike under gradient accumulation.
     """
-    code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
-    words = (*code.co_names, *code.co_varnames, *code.co_consts) if code is not None else ()
-    return "loss_function" in words or "num_items_in_batch" in words
+    passed = {keyword.arg for call in _loss_calls(model) for keyword in call.keywords}
+    return not passed.isdisjoint({None, "num_items_in_batch"})  # None: **kwargs
+
+
+def _loss_calls(model: nn.Module) -> list[ast.Call]:
+    """Where the forward calls transformers' loss: no attribute says what becomes of labels, its source does."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(type(model).forward))))
+    except (OSError, TypeError, SyntaxError):
+        return []
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "loss_function"]

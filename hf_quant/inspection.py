@@ -165,8 +165,9 @@ class Inspection:
         if self.zeros:
             lines.append(
                 "Zeros make a dense file, int8 or float, no smaller and no faster: each takes as many bits and as "
-                "much arithmetic as any other value. No maintained sparse layout can be reloaded by plain "
-                "transformers (compressed-tensors dropped its sparse compressors), so hf_quant writes none."
+                "much arithmetic as any other value. (2:4 in half precision on CUDA is faster: use_semi_structured.) "
+                "No maintained sparse layout can be reloaded by plain transformers (compressed-tensors dropped its "
+                "sparse compressors), so hf_quant writes none."
             )
         return lines
 

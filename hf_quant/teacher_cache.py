@@ -28,7 +28,7 @@ from .teacher import Teacher
 _SAYS = "teacher.json"
 _FORMAT = "hf_quant teacher outputs 1"
 _INDEX = ("rows", "ends", "checks")
-_PARTIAL = ".partial-"
+_PARTIAL = ".partial"
 _CHUNK_BYTES = 32 * 2**20
 _OPEN_FILES = 32
 
@@ -106,7 +106,7 @@ class TeacherCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / _SAYS
         if not file.is_file():
-            foreign = [path.name for path in self.folder.iterdir() if not path.name.startswith(_PARTIAL)]
+            foreign = [path.name for path in self.folder.iterdir() if path.suffix != _PARTIAL]
             if foreign and not file.is_file():  # another process may just have made it
                 raise ValueError(
                     f"the cache folder {self.folder} has no {_SAYS}, but holds {min(foreign)}: it is no cache of a "
@@ -128,7 +128,7 @@ class TeacherCache:
 
     def _write(self, name: str, write: Any) -> None:
         """Whole or not at all."""
-        partial = self.folder / f"{_PARTIAL}{os.getpid()}-{name}"
+        partial = self.folder / f"{name}.{os.getpid()}{_PARTIAL}"
         try:
             write(partial)
             os.replace(partial, self.folder / name)

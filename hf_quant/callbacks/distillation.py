@@ -249,7 +249,7 @@ class DistillationCallback(TrainerCallback):
         """Add both losses to the training logs, means since the last ones."""
         if logs is None or "loss" not in logs or self._hook is None:
             return
-        averages = self._hook.averages()
+        averages = self._hook.averages(args.world_size if args.average_tokens_across_devices else 1)
         if averages is None:
             return
         extra = {"distillation_loss": averages[0], "task_loss": averages[1]}

@@ -16,8 +16,9 @@ from ..progress import progress_bar
 from ..quantization.sensitivity import layer_sqnr
 from ..runtime.base import quantized_modules
 from ..texts import find_tokenizer, length_limit
+from .files import load_data
 from .labels import check_models_agree, read_labels
-from .latency import MAX_CALLS, measure_latency, random_batch
+from .latency import time_pair
 from .metrics import compute_metrics, predictions_from_logits
 from .predict import (
     Encoded,
@@ -30,9 +31,10 @@ from .predict import (
 )
 from .provenance import describe_machine, describe_model, describe_versions, origin
 from .report import Comparison
-from .results import Deviation, Latency, MetricResult, SplitResult
+from .results import Deviation, MetricResult, SplitResult
 from .statistics import agreement, check_bootstrap, paired_bootstrap
-from .tasks import CLASSIFICATION, GLUE_TASKS, Task, check_columns, get_task, infer_task, load_data, load_task_data
+from .structured import STRUCTURED, judge_structured, predict_structured, structured_examples
+from .tasks import CAUSAL, CLASSIFICATION, GLUE_TASKS, Task, check_columns, get_task, infer_task, load_task_data
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -73,7 +75,8 @@ def compare(
     95 % interval of its change, flips and McNemar's test, size by kind of layer, latency, and SQNR per layer.
 
     Args:
-        float_model (`PreTrainedModel` or `str`): a sequence classification model, its folder or hub id.
+        float_model (`PreTrainedModel` or `str`):
+            A model for sequences, tokens or questions, as `task` has it; its folder or hub id.
         int8_model (`PreTrainedModel` or `str`): the same, quantized; folders are loaded as int8 modules.
         task (`str` or `Task`, *optional*): a GLUE task, whose data is found by itself, or a `Task` for `data`.
         data (`datasets.Dataset` or `str`, *optional*):
@@ -113,35 +116,52 @@ def compare(
             "quantize_dynamic(model) leaves it as it is unless `inplace=True`."
         )
     chosen = None if task is None else with_metrics(get_task(task), metrics)
+    if chosen is not None and chosen.problem_type == CAUSAL:
+        raise ValueError("A perplexity has a report of its own: call hf_quant.compare_perplexity, not compare.")
     splits = load_splits(chosen, data)
     pair = {"float": load_given(float_model), "int8": load_given(int8_model)}
     check_roles(pair)
     check_models_agree(pair["float"].config, pair["int8"].config)
     if chosen is None:
-        labels, metrics = pair["float"].config.num_labels, [metrics] if isinstance(metrics, str) else metrics
-        chosen = infer_task(next(iter(splits.values())), labels, metrics or (), name=data_name(data))
-    # The labels of every split before the first forward pass of any.
-    labels_of = {name: read_labels(split, chosen, pair["int8"].config) for name, split in splits.items()}
+        classes, metrics = pair["float"].config.num_labels, [metrics] if isinstance(metrics, str) else metrics
+        chosen = infer_task(next(iter(splits.values())), classes, metrics or (), name=data_name(data))
     models = list(pair.values())
     places = [m for m in (float_model, int8_model) if not isinstance(m, PreTrainedModel)]
     tokenizer = find_tokenizer(processing_class, [*places, *(origin(model) for model in models)])
     limit = length_limit(tokenizer, models, max_length)
     timed_length = find_timed_length(latency_length, length_limit(tokenizer, models, None))
+    structured = chosen.problem_type in STRUCTURED
+    drawn = {name: sample_rows(len(split), max_samples, seed) for name, split in splits.items()}
+    # The labels of every split before the first forward pass of any.
+    labels: dict[str, Any] = {}
+    for name, split in splits.items():
+        if structured:
+            few = split.select(drawn[name])
+            labels[name] = structured_examples(few, chosen, pair["int8"].config, tokenizer, limit)
+        else:
+            labels[name] = read_labels(split, chosen, pair["int8"].config)
 
     with evaluating(models, _device(float_model, int8_model, device)):
         results: list[SplitResult] = []
         encoded_first: list[Encoded] = []
         for name, split in splits.items():
-            rows = sample_rows(len(split), max_samples, seed)
-            encoded = encode_texts(split.select(rows), chosen, tokenizer, limit)
+            rows, known, size = drawn[name], labels[name], len(split)
+            encoded = known.encoded if structured else encode_texts(split.select(rows), chosen, tokenizer, limit)
             encoded_first = encoded_first or encoded
             count = -(-len(encoded) // batch_size)
+            said: Any
             with progress_bar(f"Predicting {chosen.name} {name}", count, progress) as advance:
-                logits = predict(pair, encoded, tokenizer, batch_size, advance)
-            references, to_data = labels_of[name]
+                if structured:
+                    said = predict_structured(pair, known, tokenizer, batch_size, advance)
+                else:
+                    said = predict(pair, encoded, tokenizer, batch_size, advance)
             with progress_bar(f"Bootstrap {chosen.name} {name}", resamples, progress) as advance:
-                result = judge(chosen, name, len(split), logits, references[rows], to_data, resamples, seed, advance)
-            results.append(result)
+                if structured:
+                    found = judge_structured(chosen, name, size, known, said, resamples, CONFIDENCE, seed, advance)
+                else:
+                    references, to_data = known
+                    found = judge(chosen, name, size, said, references[rows], to_data, resamples, seed, advance)
+            results.append(found)
         layers = _layer_sqnr(pair, encoded_first, tokenizer, progress)
         latency = None
         if latency_batch_size is not None:
@@ -241,30 +261,6 @@ def _same_weights(pair: dict[str, PreTrainedModel]) -> bool:
         value.shape == other.shape and torch.equal(value.cpu(), other.to("cpu", value.dtype))
         for value, other in common
     )
-
-
-def time_pair(
-    pair: dict[str, PreTrainedModel],
-    batch_size: int,
-    length: int,
-    tokenizer: PreTrainedTokenizerBase,
-    example: Sequence[int],
-    seed: int,
-    progress: bool,
-) -> Latency:
-    """Time both models on random tokens, in turn."""
-    model = pair["float"]
-    padding = getattr(model.config, "pad_token_id", None)
-    batch = random_batch(
-        model.get_input_embeddings().weight.shape[0],
-        batch_size,
-        length,
-        special_ids={*tokenizer.all_special_ids, *([] if padding is None else [padding])},
-        example=example,
-        seed=seed,
-    )
-    with progress_bar("Timing", MAX_CALLS, progress) as advance:
-        return measure_latency(model, pair["int8"], batch, advance)
 
 
 def check_numbers(

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from ..progress import progress_bar
 from .results import Latency
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 WARMUP_CALLS = 3
 MIN_CALLS = 20
@@ -108,3 +112,27 @@ def _milliseconds(model: PreTrainedModel, batch: dict[str, Any], device: torch.d
 def _wait(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def time_pair(
+    pair: dict[str, PreTrainedModel],
+    batch_size: int,
+    length: int,
+    tokenizer: PreTrainedTokenizerBase,
+    example: Sequence[int],
+    seed: int,
+    progress: bool,
+) -> Latency:
+    """Time both models on random tokens, in turn."""
+    model = pair["float"]
+    padding = getattr(model.config, "pad_token_id", None)
+    batch = random_batch(
+        model.get_input_embeddings().weight.shape[0],
+        batch_size,
+        length,
+        special_ids={*tokenizer.all_special_ids, *([] if padding is None else [padding])},
+        example=example,
+        seed=seed,
+    )
+    with progress_bar("Timing", MAX_CALLS, progress) as advance:
+        return measure_latency(model, pair["int8"], batch, advance)

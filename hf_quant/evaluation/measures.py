@@ -18,8 +18,9 @@ from .labels import read_labels
 from .perplexity import DEFAULT_BATCH_SIZE, Perplexity, perplexity_change, perplexity_of_ids, require_causal
 from .predict import Encoded, encode_texts, predict
 from .results import Agreement, Deviation
+from .structured import STRUCTURED
 from .sweep_results import PERPLEXITY, Change
-from .tasks import Task, get_task, infer_task, load_task_data
+from .tasks import CAUSAL, Task, get_task, infer_task, load_task_data
 from .windows import Window, check_length, default_length, text_ids, windows
 
 if TYPE_CHECKING:
@@ -221,6 +222,11 @@ def examples(
         `ValueError`: if model, task and data do not fit together.
     """
     chosen = None if task is None else with_metrics(get_task(task), metrics)
+    if chosen is not None and chosen.problem_type in (*STRUCTURED, CAUSAL):
+        raise ValueError(
+            f"Task {chosen.name!r} is of {chosen.problem_type}; several schemes are held against each other on "
+            "sequences or, with `texts=`, on the perplexity. Measure one model with hf_quant.compare."
+        )
     splits = load_splits(chosen, data)
     name = next(iter(splits))
     split = splits[name]

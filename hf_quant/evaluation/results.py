@@ -90,7 +90,7 @@ class SplitResult:
         samples (`int`): examples judged.
         rows (`int`): examples that the split has.
         metrics (`tuple[MetricResult, ...]`): in the order of the task.
-        agreement ([`Agreement`], *optional*): for classifiers.
+        agreement ([`Agreement`], *optional*): for classifiers; of sentences for tags, of questions for answers.
         deviation ([`Deviation`], *optional*): for regression.
     """
 
@@ -193,7 +193,7 @@ class Figures:
 
     Args:
         task (`str`): the task's name.
-        problem_type (`str`): `"single_label_classification"` or `"regression"`.
+        problem_type (`str`): of the [`Task`].
         headline (`str`): the metric to quote.
         float_model ([`ModelInfo`]): the float model.
         int8_model ([`ModelInfo`]): the quantized one.

@@ -152,10 +152,21 @@ def agreement(float_predictions: np.ndarray, int8_predictions: np.ndarray, refer
         references (`numpy.ndarray` of shape `(n,)`): the true ones.
     """
     changed = float_predictions != int8_predictions
-    wins = int(np.count_nonzero(changed & (int8_predictions == references)))
-    losses = int(np.count_nonzero(changed & (float_predictions == references)))
+    return agreement_of(changed, float_predictions == references, int8_predictions == references)
+
+
+def agreement_of(changed: np.ndarray, float_right: np.ndarray, int8_right: np.ndarray) -> Agreement:
+    """The same, of answers that are no class ids.
+
+    Args:
+        changed (`numpy.ndarray` of shape `(n,)`): whether the two models answer differently.
+        float_right (`numpy.ndarray` of shape `(n,)`): whether the float model is right.
+        int8_right (`numpy.ndarray` of shape `(n,)`): whether the quantized one is.
+    """
+    wins = int(np.count_nonzero(changed & int8_right & ~float_right))
+    losses = int(np.count_nonzero(changed & float_right & ~int8_right))
     flips = int(np.count_nonzero(changed))
-    return Agreement(flips, flips / len(references), wins, losses, mcnemar_exact(wins, losses))
+    return Agreement(flips, flips / len(changed), wins, losses, mcnemar_exact(wins, losses))
 
 
 def mcnemar_exact(wins: int, losses: int) -> float:

@@ -15,8 +15,9 @@ from ..quantization.post_training import quantize
 from ..runtime.base import quantized_modules
 from ..schemes import Scheme, get_scheme
 from ..texts import find_tokenizer, length_limit
-from .compare import CONFIDENCE, check_numbers, check_roles, find_timed_length, load_given, time_pair
+from .compare import CONFIDENCE, check_numbers, check_roles, find_timed_length, load_given
 from .labels import check_models_agree
+from .latency import time_pair
 from .measures import Bootstrap, Examples, Texts, examples
 from .measures import texts as windows_of
 from .predict import evaluating

@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
-import csv
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import did_you_mean
+from .files import listed, load_data
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 CLASSIFICATION = "single_label_classification"
 REGRESSION = "regression"
+TOKENS = "token_classification"
+QUESTIONS = "question_answering"
+CAUSAL = "causal_lm"
 
 # The metrics that make sense for each problem type; the first is the default.
 METRICS_BY_PROBLEM_TYPE = {
     CLASSIFICATION: ("accuracy", "f1", "matthews_correlation"),
     REGRESSION: ("pearsonr", "spearmanr"),
+    TOKENS: ("token_accuracy", "entity_f1"),
+    QUESTIONS: ("exact_match", "token_f1"),
+    CAUSAL: ("perplexity",),
+}
+_ALL_BY_DEFAULT = (REGRESSION, QUESTIONS)
+# What the text columns are, by problem type; the others have one or two texts.
+_TEXT_COLUMNS = {
+    TOKENS: (1, "one column of lists of words"),
+    QUESTIONS: (2, "two columns, the question and its context"),
+    CAUSAL: (1, "one column of text"),
 }
 
 GLUE_DIR_VARIABLE = "HF_QUANT_GLUE_DIR"
-
-_READERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "tsv", ".json": "json", ".jsonl": "json"}
 
 
 @dataclass(frozen=True)
@@ -39,15 +50,22 @@ class Task:
 
     Args:
         name (`str`): what reports call it.
-        text_columns (`tuple[str, ...]`): one column of text, or two for sentence pairs.
-        label_column (`str`, *optional*, defaults to `"label"`): class ids, class names, or real numbers.
+        text_columns (`tuple[str, ...]`):
+            One column of text, or two for sentence pairs; one of lists of words for token classification; question
+            and context for question answering.
+        label_column (`str`, *optional*, defaults to `"label"`):
+            Class ids, class names, or real numbers; a list of tag ids or names, one a word; for question answering
+            `{"text": [...], "answer_start": [...]}` as in SQuAD, empty lists where there is no answer. A causal
+            language model needs none.
         problem_type (`str`, *optional*, defaults to `"single_label_classification"`):
-            That, or `"regression"`; the words of `PretrainedConfig.problem_type`.
-        num_labels (`int`, *optional*): classes; defaults to 2, and is 1 for regression.
+            That, `"regression"`, `"token_classification"`, `"question_answering"` or `"causal_lm"`.
+        num_labels (`int`, *optional*):
+            Classes; defaults to 2, and is 1 for regression. For token classification it is by default the model's.
         metrics (`tuple[str, ...]`, *optional*):
             For classes `"accuracy"`, `"f1"` (two classes; class 1 is the positive one) and
-            `"matthews_correlation"`; for regression `"pearsonr"` and `"spearmanr"`. Defaults to accuracy
-            for classes and both correlations for regression.
+            `"matthews_correlation"`; for regression `"pearsonr"` and `"spearmanr"`; for tokens `"token_accuracy"`
+            and `"entity_f1"` (BIO tags); for questions `"exact_match"` and `"token_f1"`; for language models
+            `"perplexity"`. Defaults to accuracy for classes and tokens, and to all of the others.
         headline (`str`, *optional*): the one metric to quote; defaults to the first.
         splits (`tuple[str, ...]`, *optional*, defaults to `("validation",)`): the labelled splits to judge on.
         hub_dataset (`str`, *optional*): data set on the hub.
@@ -73,7 +91,7 @@ class Task:
             raise ValueError(
                 f"Task {self.name!r}: unknown `problem_type` {self.problem_type!r}"
                 f"{did_you_mean(self.problem_type, METRICS_BY_PROBLEM_TYPE) or '.'} Choose one of: "
-                f"{_list(METRICS_BY_PROBLEM_TYPE)}."
+                f"{listed(METRICS_BY_PROBLEM_TYPE)}."
             )
         allowed = METRICS_BY_PROBLEM_TYPE[self.problem_type]
         # Lists and single strings are what people write; the frozen dataclass keeps tuples.
@@ -81,38 +99,57 @@ class Task:
             value = getattr(self, field)
             object.__setattr__(self, field, (value,) if isinstance(value, str) else tuple(value))
         if self.num_labels is None:
-            object.__setattr__(self, "num_labels", 1 if self.problem_type == REGRESSION else 2)
+            number = {REGRESSION: 1, TOKENS: None, CAUSAL: None}.get(self.problem_type, 2)
+            object.__setattr__(self, "num_labels", number)
         if not self.metrics:
-            object.__setattr__(self, "metrics", allowed if self.problem_type == REGRESSION else allowed[:1])
+            object.__setattr__(self, "metrics", allowed if self.problem_type in _ALL_BY_DEFAULT else allowed[:1])
         if not self.headline:
             object.__setattr__(self, "headline", self.metrics[0])
         self._check(allowed)
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that its data must have."""
+        return self.text_columns if self.problem_type == CAUSAL else (*self.text_columns, self.label_column)
+
     def _check(self, allowed: tuple[str, ...]) -> None:
+        count, words = _TEXT_COLUMNS.get(self.problem_type, (None, ""))
+        if count not in (None, len(self.text_columns)):
+            raise ValueError(
+                f"Task {self.name!r}: for {self.problem_type}, `text_columns` must name {words}; got "
+                f"{len(self.text_columns)}: {listed(self.text_columns)}."
+            )
         if not 1 <= len(self.text_columns) <= 2:
             raise ValueError(
                 f"Task {self.name!r}: `text_columns` must name one column of text or two (sentence pairs), "
-                f"got {len(self.text_columns)}: {_list(self.text_columns)}."
+                f"got {len(self.text_columns)}: {listed(self.text_columns)}."
             )
         for metric in self.metrics:
             if metric not in allowed:
                 raise ValueError(
                     f"Task {self.name!r}: unknown metric {metric!r} for {self.problem_type}"
-                    f"{did_you_mean(metric, allowed) or '.'} Choose from: {_list(allowed)}."
+                    f"{did_you_mean(metric, allowed) or '.'} Choose from: {listed(allowed)}."
                 )
         if self.headline not in self.metrics:
             raise ValueError(
-                f"Task {self.name!r}: `headline` {self.headline!r} is not one of its metrics {_list(self.metrics)}."
+                f"Task {self.name!r}: `headline` {self.headline!r} is not one of its metrics {listed(self.metrics)}."
             )
         labels = self.num_labels
         if self.problem_type == REGRESSION and labels != 1:
             raise ValueError(f"Task {self.name!r}: regression has `num_labels=1`, got {labels}.")
         if self.problem_type == CLASSIFICATION and (labels is None or labels < 2):
             raise ValueError(f"Task {self.name!r}: classification needs `num_labels` of 2 or more, got {labels}.")
+        if self.problem_type == QUESTIONS and labels != 2:
+            raise ValueError(
+                f"Task {self.name!r}: a question-answering model has two outputs a token, where the answer starts and "
+                f"where it ends; leave `num_labels` out, got {labels}."
+            )
+        if self.problem_type == CAUSAL and labels is not None:
+            raise ValueError(f"Task {self.name!r}: causal_lm has no labels; leave `num_labels` out, got {labels}.")
         if "f1" in self.metrics and labels != 2:
             raise ValueError(
                 f"Task {self.name!r}: 'f1' is the binary F1 of class 1 and needs `num_labels=2`, got {labels}. "
-                f"Use {_list(m for m in allowed if m != 'f1')}."
+                f"Use {listed(m for m in allowed if m != 'f1')}."
             )
         if not self.splits:
             raise ValueError(f"Task {self.name!r}: `splits` is empty; name at least one labelled split.")
@@ -166,7 +203,7 @@ def get_task(task: str | Task) -> Task:
     if task not in GLUE_TASKS:
         raise ValueError(
             f"unknown task {task!r}{did_you_mean(str(task).lower(), GLUE_TASKS) or '.'} Choose one of: "
-            f"{_list(GLUE_TASKS)}; or give a hf_quant.evaluation.tasks.Task with `data` of your own."
+            f"{listed(GLUE_TASKS)}; or give a hf_quant.evaluation.tasks.Task with `data` of your own."
         )
     return GLUE_TASKS[task]
 
@@ -200,7 +237,7 @@ def load_task_data(
         if not path.is_file():
             raise FileNotFoundError(
                 f"There is no {path}. Expected the layout <data_dir>/<task>/<split>.parquet; that folder holds: "
-                f"{_list(sorted(found.name for found in path.parent.glob('*'))) or 'nothing'}."
+                f"{listed(sorted(found.name for found in path.parent.glob('*'))) or 'nothing'}."
             )
         dataset = load_data(path)
     elif task.hub_dataset is None:
@@ -227,70 +264,17 @@ def _from_hub(task: Task, split: str) -> Dataset:
         ) from error
 
 
-def load_data(data: Dataset | str | os.PathLike[str]) -> Dataset:
-    """Rows from a file, or a `datasets.Dataset` as it is.
-
-    Args:
-        data (`datasets.Dataset` or `str`):
-            A `.parquet`, `.csv`, `.tsv`, `.json` or `.jsonl` file. TSV cells are taken literally, quotation
-            marks included, as in GLUE's own files. Words such as "null" or "NA" stay text.
-
-    Raises:
-        `FileNotFoundError`: if there is no such file.
-        `ValueError`: for an unknown kind of file, an unreadable one, or one without rows.
-        `TypeError`: for anything else, such as a `DatasetDict`.
-    """
-    from datasets import Dataset, DatasetDict
-
-    if isinstance(data, (dict, DatasetDict)):
-        splits = list(data)
-        raise TypeError(
-            f"`data` holds several splits ({_list(splits)}); pass one, for example data[{splits[-1]!r}]."
-            if splits
-            else "`data` is empty."
-        )
-    if not isinstance(data, (str, os.PathLike, Dataset)):
-        raise TypeError(f"`data` must be a `datasets.Dataset` or the path of a file, got {type(data).__name__}.")
-    dataset = data if isinstance(data, Dataset) else _read(Path(data))
-    if len(dataset) == 0:
-        raise ValueError(f"`data` ({'a Dataset' if dataset is data else data}) has no rows.")
-    return dataset
-
-
-def _read(path: Path) -> Dataset:
-    from datasets import Dataset
-
-    kind = _READERS.get(path.suffix.lower())
-    if kind is None:
-        raise ValueError(f"{path}: unknown kind of data file {path.suffix!r}. Allowed: {_list(_READERS)}.")
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no data file {path}.")
-    name = str(path)
-    try:
-        if kind == "parquet":
-            return Dataset.from_parquet(name)
-        if kind == "json":
-            return Dataset.from_json(name)
-        # Empty cells and words like "null" are text here, not missing numbers.
-        if kind == "tsv":
-            return Dataset.from_csv(name, sep="\t", quoting=csv.QUOTE_NONE, keep_default_na=False)
-        return Dataset.from_csv(name, keep_default_na=False)
-    except Exception as error:  # datasets wraps whatever pandas, pyarrow or json raised
-        cause = error.__cause__ or error
-        raise ValueError(f"{path} could not be read as {kind}: {cause}") from error
-
-
 def check_columns(dataset: Dataset, task: Task) -> None:
     """Refuse a data set that lacks a column of the task, naming the column, those there are and the nearest.
 
     Raises:
         `ValueError`: if a text column or the label column is missing.
     """
-    for column in (*task.text_columns, task.label_column):
+    for column in task.columns:
         if column not in dataset.column_names:
             raise ValueError(
                 f"Task {task.name!r}: the data has no column {column!r}"
-                f"{did_you_mean(column, dataset.column_names) or '.'} It has {_list(dataset.column_names)}. For "
+                f"{did_you_mean(column, dataset.column_names) or '.'} It has {listed(dataset.column_names)}. For "
                 f"columns of other names give Task({task.name!r}, text_columns=..., label_column=...)."
             )
 
@@ -314,7 +298,7 @@ def infer_task(dataset: Dataset, num_labels: int, metrics: Sequence[str] = (), n
     if label is None or not 1 <= len(text) <= 2:
         raise ValueError(
             "Without `task=` the data needs a column 'label' and one or two columns of text; it has "
-            f"{_list(columns)}, of which text: {_list(text) or 'none'}. Say which with "
+            f"{listed(columns)}, of which text: {listed(text) or 'none'}. Say which with "
             "`task=Task('my-task', text_columns=(...), label_column=...)` from hf_quant.evaluation.tasks."
         )
     return Task(
@@ -325,7 +309,3 @@ def infer_task(dataset: Dataset, num_labels: int, metrics: Sequence[str] = (), n
         num_labels=num_labels,
         metrics=tuple(metrics),
     )
-
-
-def _list(names: Iterable[str]) -> str:
-    return ", ".join(repr(str(name)) for name in names)

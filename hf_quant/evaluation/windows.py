@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..texts import length_limit
-from .tasks import load_data
+from .files import load_data
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,6 +12,10 @@ METRIC_NAMES = {
     "matthews_correlation": "Matthews correlation",
     "pearsonr": "Pearson correlation",
     "spearmanr": "Spearman correlation",
+    "token_accuracy": "token accuracy",
+    "entity_f1": "entity F1",
+    "exact_match": "exact match",
+    "token_f1": "token F1",
 }
 
 # An interval wider than this many points cannot tell a loss of one point, the usual tolerance, from none.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from .neural_compressor import is_neural_compressor, read_neural_compressor
 from .nncf import is_nncf, read_nncf
-from .reading import MigrationError, Node, front_matter, read_text, read_tree
+from .reading import MigrationError, Node, front_matter, parse_python, read_text, read_tree
 from .report import MODEL, OUTPUT, TRAIN, VALIDATION, Draft, Note
 from .sparseml import is_sparseml, read_sparseml
 from .torch_ao import read_torch_ao
@@ -23,7 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["Migration", "MigrationError", "Note", "migrate"]
 
 _PYTHON = re.compile(
-    r"^\s*(?:from\s+[\w.]+\s+import|import\s+\w)|\btorch\.|\.qconfig\s*=|\bquantize_?\w*\(|\bprune\.\w+\(", re.M
+    r"^\s*(?:from\s+[\w.]+\s+import|import\s+\w)|\btorch\.|\.qconfig\s*=|\bquantize_?\w*\(|\bprune\.\w+\(|qconfig\w*\(",
+    re.M,
 )
 
 
@@ -73,7 +73,8 @@ def migrate(
 
     Raises:
         `FileNotFoundError`: if there is no such file.
-        [`MigrationError`]: as `file:line: message`, if it cannot be read, or nothing in it prunes, distils or quantizes.
+        [`MigrationError`]: as `file:line: message`, for what cannot be read, or neither prunes nor distils
+            nor quantizes.
         `ValueError`: if the task or the number of epochs is none.
     """
     if epochs is not None and not 0 < epochs <= 1e6:
@@ -148,7 +149,7 @@ def _is_recipe(tree: Node) -> bool:
 
 def _parses(text: str) -> bool:
     try:
-        ast.parse(text)
+        parse_python(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
     return True

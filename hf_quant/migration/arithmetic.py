@@ -7,6 +7,8 @@ import math
 import operator
 from collections.abc import Callable, Mapping
 
+from .reading import parse_python
+
 Number = int | float
 
 _BINARY: dict[type[ast.operator], Callable[[Number, Number], Number]] = {
@@ -39,7 +41,7 @@ def calculate(expression: str, variables: Mapping[str, Number]) -> Number:
     if len(expression) > _MOST_CHARACTERS:
         raise ValueError(f"an expression of {len(expression)} characters; {_MOST_CHARACTERS} are allowed")
     try:
-        tree = ast.parse(expression.strip(), mode="eval")
+        tree = parse_python(expression.strip(), "eval")
         return _value(tree.body, variables)
     except (SyntaxError, RecursionError, MemoryError):
         raise ValueError(f"{_short(expression)} is no arithmetic expression") from None
@@ -48,7 +50,7 @@ def calculate(expression: str, variables: Mapping[str, Number]) -> Number:
 
 
 def _value(node: ast.expr, variables: Mapping[str, Number]) -> Number:
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+    if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)) and not isinstance(node.value, bool):
         return _finite(node.value, node)
     if isinstance(node, ast.Name):
         if node.id not in variables:
@@ -68,7 +70,9 @@ def _value(node: ast.expr, variables: Mapping[str, Number]) -> Number:
             raise ValueError(f"{_short(ast.unparse(node))}: give plain numbers")
         numbers = [_value(arg, variables) for arg in node.args]
         try:
-            return _finite(_FUNCTIONS[node.func.id](*(numbers if len(numbers) > 1 else _one(node.func.id, numbers))), node)
+            return _finite(
+                _FUNCTIONS[node.func.id](*(numbers if len(numbers) > 1 else _one(node.func.id, numbers))), node
+            )
         except TypeError:
             raise ValueError(f"{_short(ast.unparse(node))}: {node.func.id} takes other numbers") from None
     raise ValueError(

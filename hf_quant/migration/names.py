@@ -21,7 +21,7 @@ def parameter_patterns(section: Section, node: Node) -> list[str]:
             patterns, reason = from_regex(item.value[3:], "match", ".weight")
             if reason:
                 section.draft.none(item.line, item.value, f"{reason}; replace the FILL-IN")
-                patterns = [literal(FILL_IN + item.value[3:])]
+                patterns = [FILL_IN + item.value[3:]]
         else:
             patterns = [literal(item.value.removesuffix(".weight"))]
         found += [pattern for pattern in patterns if pattern not in found]
@@ -33,7 +33,7 @@ def regex_patterns(draft: Draft, regex: str, how: How, line: int) -> list[str]:
     patterns, reason = from_regex(regex, how)
     if reason:
         draft.none(line, regex, f"{reason}; replace the FILL-IN")
-        return [literal(FILL_IN + regex)]
+        return [FILL_IN + regex]
     return patterns
 
 

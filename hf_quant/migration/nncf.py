@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import re
-
-from .names import FILL_IN, OPEN
-from .patterns import from_regex, literal
+from .nncf_scopes import scopes
 from .reading import Node
 from .report import TEACHER, Draft, Part
 from .section import Section
-from .values import ZERO_POINT, scheme_name, share
+from .values import ZERO_POINT, plain, scheme_name, share
 
-_FLOAT = re.compile(r"LayerNorm|BatchNorm|__\w+__|matmul|softmax|gelu|relu|Dropout|baddbmm|layer_norm", re.IGNORECASE)
 _PRUNINGS = ("magnitude_sparsity", "rb_sparsity", "movement_sparsity", "filter_pruning", "const_sparsity")
 _TOP = {
     "input_info": "shapes come from the batches",
@@ -26,7 +22,9 @@ _EPOCHS = "the number of epochs is not in the file; give it with --epochs"
 def is_nncf(node: Node) -> bool:
     """Whether a file's values look like an NNCF configuration."""
     items = node.value if isinstance(node.value, list) else [node]
-    found = [isinstance(item.value, dict) and ("compression" in item.value or "algorithm" in item.value) for item in items]
+    found = [
+        isinstance(item.value, dict) and ("compression" in item.value or "algorithm" in item.value) for item in items
+    ]
     return bool(found) and all(found)
 
 
@@ -45,15 +43,18 @@ def read_nncf(node: Node, draft: Draft, epochs: float | None) -> None:
         algorithms = node
     else:
         top = Section(draft, node, "")
-        algorithms = top.take("compression") or Node([], node.line)
+        algorithms = Node(top.items("compression"), node.line)
         epochs = _training(top, epochs)
         top.rest(_TOP)
     for item in algorithms.value if isinstance(algorithms.value, list) else [algorithms]:
         section = Section(draft, item, "compression")
         name = section.word("algorithm")
         if name is None:
-            raise draft.fail(item.line, "an algorithm of `compression` must name itself: `\"algorithm\": \"quantization\"`")
+            raise draft.fail(
+                item.line, 'an algorithm of `compression` must name itself: `"algorithm": "quantization"`'
+            )
         section.name = name
+        section.noted.add("algorithm")
         if name in ("quantization", "experimental_quantization"):
             _quantization(section, epochs)
         elif name in _PRUNINGS:
@@ -71,9 +72,9 @@ def _training(top: Section, epochs: float | None) -> float | None:
     known = top.number("epochs")
     if known is not None and known > 0:
         epochs = epochs or known
-        top.put("training", "num_train_epochs", epochs, "epochs")
+        top.put("training", "num_train_epochs", plain(epochs), "epochs")
     elif epochs is not None:
-        top.draft.default("training", "num_train_epochs", epochs, "--epochs")
+        top.draft.default("training", "num_train_epochs", plain(epochs), "--epochs")
     if top.word("model") is not None:
         top.put("", "model", top.word("model"), "model")
     if top.number("batch_size") is not None:
@@ -102,8 +103,10 @@ def _quantization(section: Section, epochs: float | None) -> None:
         wanted = part.flag("per_channel", default=key == "weights")
         per = "a scale per output channel" if key == "weights" else "a scale per tensor"
         part.kept("per_channel", per, "" if wanted is (key == "weights") else per)
-        _scopes(part, "ignored_scopes", "quantization")
-        part.rest({"signed": "signs are hf_quant's", "narrow_range": "-128 to 127", "target_scopes": "nearest: `targets`"})
+        scopes(part, "ignored_scopes", "quantization")
+        part.rest(
+            {"signed": "signs are hf_quant's", "narrow_range": "-128 to 127", "target_scopes": "nearest: `targets`"}
+        )
     scheme, remark = scheme_name(bits["weights"], "static")
     if not scheme:
         scheme, remark = "int8_static", f"{remark}; int8_static instead"
@@ -124,7 +127,7 @@ def _quantization(section: Section, epochs: float | None) -> None:
         part.none("batchnorm_adaptation", "transformers models have no batch norm")
         part.none("precision", "one number of bits for all; nearest: hf-quant compare --schemes")
         part.rest()
-    _scopes(section, "ignored_scopes", "quantization")
+    scopes(section, "ignored_scopes", "quantization")
     rest = {
         "overflow_fix": "kernels that would overflow are not chosen",
         "scope_overrides": "a recipe has one scheme; nearest: `ignore`",
@@ -144,16 +147,20 @@ def _pruning(name: str, section: Section, epochs: float | None) -> None:
     what = "pruning" if name == "filter_pruning" else "sparsity"
     if name == "const_sparsity":
         draft.put(part, "schedule", "constant", at, source)
-        _scopes(section, "ignored_scopes", part)
+        scopes(section, "ignored_scopes", part)
         inner.rest(dict.fromkeys(inner.values, "zeros are kept as they are"))
         return
     if name == "movement_sparsity":
         _movement(inner, part, at, source, epochs)
     else:
-        criterion, remark = ("magnitude", "") if name == "magnitude_sparsity" else ("movement", "scores learnt as masks")
+        criterion, remark = (
+            ("magnitude", "") if name == "magnitude_sparsity" else ("movement", "scores learnt as masks")
+        )
         if name == "filter_pruning":
             criterion, remark = _importance(inner)
-            draft.put(part, "structure", "row", at, source, "rows become 0; structure: neuron with shrink removes them")
+            draft.put(
+                part, "structure", "row", at, source, "rows become 0; structure: neuron with shrink removes them"
+            )
         if "filter_importance" not in inner.values:
             draft.put(part, "criterion", criterion, at, source, remark)
         importance = inner.word("weight_importance")
@@ -166,9 +173,12 @@ def _pruning(name: str, section: Section, epochs: float | None) -> None:
         if name == "filter_pruning" and "all_weights" in inner.values:
             inner.put(part, "scope", "global" if everything else "layer", "all_weights")
         _goal(inner, section, part, what, epochs)
-    _scopes(section, "ignored_scopes", part)
-    _scopes(section, "target_scopes", part, "targets")
-    section.none("sparse_structure_by_scopes", "nearest: one pruning by structure: structure: 32x32, row or column, with `targets`")
+    scopes(section, "ignored_scopes", part)
+    scopes(section, "target_scopes", part, "targets")
+    section.none(
+        "sparse_structure_by_scopes",
+        "nearest: one pruning by structure: structure: 32x32, row or column, with `targets`",
+    )
     section.rest({"initializer": "transformers models have no batch norm to adapt"})
     inner.rest(
         {
@@ -196,9 +206,9 @@ def _movement(inner: Section, part: int, at: int, source: str, epochs: float | N
     inner.none("importance_regularization_factor", "the share is set, not found; nearest: final_sparsity")
     for key in ("init_importance_threshold", "final_importance_threshold"):
         inner.none(key, "thresholds follow from the share; nearest: initial_sparsity and final_sparsity")
-    inner.kept("schedule", "cubic", "" if inner.number("power") in (None, 3) else "")
     if inner.number("power") is not None:
         inner.put(part, "schedule", _polynomial(inner.number("power") or 3), "power")
+    inner.kept("schedule", "`schedule`")
 
 
 def _importance(inner: Section) -> tuple[str, str]:
@@ -217,16 +227,24 @@ def _goal(inner: Section, section: Section, part: int, what: str, epochs: float 
     initial = section.number(f"{what}_init")
     steps, levels = inner.take("multistep_steps"), inner.take("multistep_sparsity_levels")
     if schedule == "multistep" and levels is not None and isinstance(levels.value, list):
-        at = [0.0, *(_number(draft, item) for item in (steps.value if steps and isinstance(steps.value, list) else []))]
+        at = [
+            0.0,
+            *(_number(draft, item) for item in (steps.value if steps and isinstance(steps.value, list) else [])),
+        ]
         if epochs is None:
             inner.none("multistep_steps", _EPOCHS)
             if levels.value:
-                inner.put(part, "final_sparsity", _number(draft, levels.value[-1]), "multistep_sparsity_levels", _EPOCHS)
+                inner.put(
+                    part, "final_sparsity", _number(draft, levels.value[-1]), "multistep_sparsity_levels", _EPOCHS
+                )
             return
         pairs = [[share(step, epochs), _number(draft, level)] for step, level in zip(at, levels.value, strict=False)]
         if len(at) != len(levels.value):
-            raise draft.fail(levels.line, f"{len(levels.value)} sparsity levels need {len(levels.value) - 1} steps between "
-                             f"them, but there are {len(at) - 1}")
+            raise draft.fail(
+                levels.line,
+                f"{len(levels.value)} sparsity levels need {len(levels.value) - 1} steps between "
+                f"them, but there are {len(at) - 1}",
+            )
         inner.put(part, "schedule", pairs, "multistep_sparsity_levels")
         inner.kept("multistep_steps", "`schedule`")
         section.kept(f"{what}_init", "the first pair of `schedule`")
@@ -247,8 +265,14 @@ def _goal(inner: Section, section: Section, part: int, what: str, epochs: float 
         if schedule == "baseline":
             inner.put(part, "schedule", "one_shot", "schedule")
         else:
-            draft.put(part, "schedule", "cubic", inner.line_of("schedule"), inner.source("schedule"),
-                      f"{schedule}: fast at first, then slower; cubic is the nearest")
+            draft.put(
+                part,
+                "schedule",
+                "cubic",
+                inner.line_of("schedule"),
+                inner.source("schedule"),
+                f"{schedule}: fast at first, then slower; cubic is the nearest",
+            )
     else:
         inner.none("schedule", "nearest: cubic")
     warmup = inner.number("num_init_steps")
@@ -293,7 +317,9 @@ def _distillation(section: Section) -> None:
     scale = section.number("scale")
     if scale is not None and scale > 0:
         hardness = round(scale / (1 + scale), 6)
-        section.put("distillation", "hardness", hardness, "scale", "labels + scale x teacher, both divided by their sum")
+        section.put(
+            "distillation", "hardness", hardness, "scale", "labels + scale x teacher, both divided by their sum"
+        )
     if section.number("temperature") is not None:
         section.put("distillation", "temperature", section.number("temperature"), "temperature")
     draft.kept(section.line_of("algorithm"), section.source("algorithm"), "distillation")
@@ -301,46 +327,3 @@ def _distillation(section: Section) -> None:
         why = "NNCF's teacher is the model before compression; write its fine-tuned folder, or remove this key"
         draft.default("distillation", "teacher", TEACHER, why)
     section.none("is_soft", "soft targets always")
-
-
-def _scopes(section: Section, key: str, part: Part, into: str = "ignore") -> None:
-    """Scopes of NNCF as patterns of modules."""
-    patterns: list[str] = []
-    node = section.take(key)
-    remark = ""
-    items = node.value if node is not None and isinstance(node.value, list) else [node] if node is not None else []
-    for item in items:
-        if not isinstance(item.value, str):
-            raise section.draft.fail(item.line, f"`{key}` must hold texts, but has {item.show()!r}")
-        if into == "ignore" and _FLOAT.search(item.value):
-            section.draft.kept(item.line, f"{key}: {item.value}", "float", "only Linear, Conv1D and Embedding change")
-            continue
-        pattern, why = _scope(item.value)
-        if why and not pattern:
-            section.draft.none(item.line, f"{key}: {item.value}", f"{why}; replace the FILL-IN")
-            pattern = literal(FILL_IN + item.value)
-            remark = OPEN
-        patterns.append(pattern)
-        remark = remark or why
-    have = section.draft.get(part, into)
-    patterns = [pattern for pattern in dict.fromkeys(patterns) if pattern not in (have or [])]
-    if patterns and have is None:
-        section.put(part, into, patterns, key, remark)
-    elif patterns:
-        have.extend(patterns)  # scopes of weights and of the whole algorithm come together
-        section.kept(key, f"{into}: {patterns}", remark)
-
-
-def _scope(scope: str) -> tuple[str, str]:
-    """A pattern for one scope, and how it differs; or no pattern, and the reason."""
-    if scope.startswith("{re}"):
-        regex = scope[4:]
-        inner = re.fullmatch(r"(?:\.\*)?([a-z_]+)(?:\.\*)?", regex)
-        if inner:
-            return f"*{inner[1]}*", "names of classes and operations are not matched, only names of modules"
-        _, reason = from_regex(regex, "search")
-        return "", reason or "it matches names of classes, which patterns of modules do not"
-    names = re.findall(r"\w+\[([\w.]+)\]", scope)
-    if not names:
-        return ("", "no name of a module in it") if "/" in scope else (literal(scope), "")
-    return ".".join(literal(name) for name in names), ""

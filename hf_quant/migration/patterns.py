@@ -7,6 +7,7 @@ exact translation; a list of patterns is their union. All others have none, and 
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Literal
 
 How = Literal["match", "search", "fullmatch"]
@@ -46,11 +47,13 @@ def from_regex(regex: str, how: How, suffix: str = "") -> tuple[list[str], str]:
             `weight` in it.
 
     Returns:
-        `tuple[list[str], str]`: patterns whose union matches exactly the modules that the expression does, and an empty
-        string; or no pattern, and the reason.
+        `tuple[list[str], str]`: patterns whose union matches exactly the modules that the expression does, and an
+        empty string; or no pattern, and the reason.
     """
     try:
-        re.compile(regex)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what may mean something else in later versions of Python
+            re.compile(regex)
     except (re.error, OverflowError, RecursionError) as error:
         return [], f"no regular expression ({error})"
     try:
@@ -139,7 +142,7 @@ def _repeated(atom: list[Pattern], quantifier: str, any_character: bool) -> list
             if len(repeated) > _MOST_ALTERNATIVES:
                 raise _InexactError(f"more than {_MOST_ALTERNATIVES} alternatives")
         return repeated
-    raise _InexactError(f"repetition (`{quantifier}`) of anything but `.`")
+    raise _InexactError(f"repetition (`{quantifier}`) of anything but `.`, and `[0-9]*` is the nearest to digits")
 
 
 def _without_suffix(pattern: Pattern, suffix: str) -> list[Pattern]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import math
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,11 +40,13 @@ class Node:
         value: a `dict[str, Node]`, a `list[Node]`, text, a number, true or false, or `None`.
         line (`int`): where it stands; for a value of a mapping, the line of its key.
         tag (`str`, *optional*, defaults to `""`): its YAML tag, such as `"GMPruningModifier"`.
+        anchor (`int`, *optional*, defaults to 0): for what an alias stands in for, the line where that is.
     """
 
     value: Any
     line: int
     tag: str = ""
+    anchor: int = 0
 
     def plain(self) -> Any:
         """The value without lines and tags."""
@@ -77,6 +81,13 @@ def read_text(path: str | Path) -> str:
     if not text.strip():
         raise MigrationError(str(path), 1, "the file is empty")
     return text
+
+
+def parse_python(text: str, mode: str = "exec") -> Any:
+    """The syntax tree of Python, without its warnings; raises what `ast.parse` does."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ast.parse(text, mode=mode)
 
 
 def front_matter(text: str) -> str | None:
@@ -135,8 +146,9 @@ class _Reader:
         if isinstance(node, yaml.SequenceNode):
             return Node([self.node(item, item.start_mark.line + 1, depth + 1) for item in node.value], line, tag)
         if tag:
-            return Node({} if not node.value else node.value, line, tag)
-        return Node(self._scalar(node, line), line)
+            return Node(_clean(node.value) if node.value else {}, line, tag)
+        at = node.start_mark.line + 1
+        return Node(self._scalar(node, line), line, anchor=at if at < line else 0)
 
     def _mapping(self, node: yaml.MappingNode, depth: int) -> dict[str, Node]:
         values: dict[str, Node] = {}
@@ -158,9 +170,9 @@ class _Reader:
             values[name] = self.node(value, line, depth + 1)
         return values
 
-    def _scalar(self, node: yaml.ScalarNode, line: int) -> Any:
+    def _scalar(self, node: yaml.Node, line: int) -> Any:
         kind = node.tag.rsplit(":", 1)[-1]
-        if kind == "str" and node.style is None and _EXPONENT.fullmatch(node.value):
+        if kind == "str" and getattr(node, "style", None) is None and _EXPONENT.fullmatch(node.value):
             kind = "float"  # YAML 1.1 wants a point in it; JSON and the sources do not
         try:
             if kind == "float":

@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 
 Part = str | int  # "" is the top level, a name is a section, a number one of several prunings
 # Nothing that exists: a run stops and names the key.
-MODEL, TRAIN, VALIDATION, TEACHER = "./FILL-IN/model", "./FILL-IN/train.csv", "./FILL-IN/validation.csv", "./FILL-IN/teacher"
+MODEL, TRAIN, VALIDATION, TEACHER = (
+    "./FILL-IN/model",
+    "./FILL-IN/train.csv",
+    "./FILL-IN/validation.csv",
+    "./FILL-IN/teacher",
+)
 OUTPUT = "outputs/migrated"
 
 
@@ -73,6 +78,8 @@ class Draft:
 
     def get(self, part: Part, key: str) -> Any:
         """A value that was set, or `None`."""
+        if isinstance(part, str) and part and part not in self.sections:
+            return None
         cell = self._part(part).get(key)
         return cell.value if cell else None
 
@@ -105,7 +112,9 @@ class Draft:
         cells = self._part(part)
         if key not in cells:
             cells[key] = _Cell(value, 0, why)
-            self.notes.append(Note(0, "(not in the file)", "near", f"{self._name(part, key)}: {_flow(value)}", _line(why)))
+            self.notes.append(
+                Note(0, "(not in the file)", "near", f"{self._name(part, key)}: {_flow(value)}", _line(why))
+            )
 
     def kept(self, line: int, source: str, became: str, remark: str = "") -> None:
         """Notes a value that needs no key: hf_quant does so anyway."""
@@ -121,7 +130,10 @@ class Draft:
 
     def render(self) -> tuple[str, dict[int, int]]:
         """The recipe as YAML with comments, and the source's line by line of the recipe."""
-        lines = [f"# Migrated by `hf-quant migrate` from {_printable(Path(self.file).name)} ({self.kind}); lines are those of that file."]
+        lines = [
+            f"# Migrated by `hf-quant migrate` from {_printable(Path(self.file).name)} ({self.kind});",
+            "# the lines are those of that file.",
+        ]
         missing = sorted(note for note in map(_missing, self.notes) if note)
         if missing:
             lines += ["# No equivalent:", *(f"#   {text}" for _, text in missing)]
@@ -169,7 +181,9 @@ class Draft:
                 return Recipe.from_yaml(path)
             except RecipeError as error:
                 problem = error.problems[0]
-                raise self.fail(origin.get(problem.line, 0), f"the recipe cannot have this: {problem.message}") from None
+                raise self.fail(
+                    origin.get(problem.line, 0), f"the recipe cannot have this: {problem.message}"
+                ) from None
 
     def ordered_notes(self) -> list[Note]:
         """The notes in the order of the source's lines, those on what it does not say last."""

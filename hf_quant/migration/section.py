@@ -9,7 +9,7 @@ from .report import Draft, Part
 
 
 class Section:
-    """A mapping of the source that knows which of its keys were read, so that none is passed over.
+    """A mapping of the source that knows which of its keys were noted, so that none is passed over.
 
     Args:
         draft ([`Draft`]): where to note.
@@ -24,15 +24,18 @@ class Section:
         if node.value is None:
             node = Node({}, node.line, node.tag)
         if not isinstance(node.value, dict):
-            raise draft.fail(node.line, f"`{name or 'the file'}` must be a mapping of keys to values, but is {node.show()}")
+            raise draft.fail(
+                node.line, f"`{name or 'the file'}` must be a mapping of keys to values, but is {node.show()}"
+            )
         self.draft, self.name, self.line = draft, name, node.line
         self.values: dict[str, Node] = node.value
-        self.read: set[str] = set()
+        self.noted: set[str] = set()
 
     def take(self, key: str) -> Node | None:
-        """The node of a key, which is read from now on; `None` where it is missing or null."""
-        self.read.add(key)
+        """The node of a key; `None` where it is missing or null. What is in a mapping is noted by who reads it."""
         node = self.values.get(key)
+        if node is not None and isinstance(node.value, dict):
+            self.noted.add(key)
         return None if node is None or (node.value is None and not node.tag) else node
 
     def number(self, key: str) -> float | None:
@@ -73,6 +76,14 @@ class Section:
                 raise self.draft.fail(item.line, f"`{key}` must hold texts, but has {item.show()!r}")
         return [item.value for item in items]
 
+    def items(self, key: str) -> list[Node]:
+        """The items of a list, or one alone; each is noted by who reads it."""
+        node = self.take(key)
+        if node is None:
+            return []
+        self.noted.add(key)
+        return node.value if isinstance(node.value, list) else [node]
+
     def line_of(self, key: str) -> int:
         """The line of a key; that of the section where it is missing."""
         return self.values[key].line if key in self.values else self.line
@@ -84,22 +95,25 @@ class Section:
 
     def put(self, part: Part, key: str, value: Any, from_key: str, remark: str = "") -> bool:
         """[`Draft.put`] of a value that comes from `from_key`."""
+        self.noted.add(from_key)
         return self.draft.put(part, key, value, self.line_of(from_key), self.source(from_key), remark)
 
     def kept(self, key: str, became: str, remark: str = "") -> None:
-        """[`Draft.kept`] of a key."""
-        self.read.add(key)
-        if key in self.values:
+        """[`Draft.kept`] of a key, unless it was noted already."""
+        if key in self.values and key not in self.noted:
+            self.noted.add(key)
             self.draft.kept(self.line_of(key), self.source(key), became, remark)
 
     def none(self, key: str, remark: str) -> None:
-        """[`Draft.none`] of a key."""
-        self.read.add(key)
-        if key in self.values:
+        """[`Draft.none`] of a key, unless it was noted already."""
+        if key in self.values and key not in self.noted:
+            self.noted.add(key)
             self.draft.none(self.line_of(key), self.source(key), remark)
 
     def rest(self, remarks: dict[str, str] | None = None) -> None:
-        """Notes all keys that were not read: with the remark for it, or as unknown."""
-        for key in self.values:
-            if key not in self.read:
+        """Notes all keys that were not noted: with the remark for it, or as unknown."""
+        for key, node in self.values.items():
+            if node.value is None and not node.tag:
+                self.kept(key, "the default")
+            else:
                 self.none(key, (remarks or {}).get(key, "not a key that hf-quant knows of this source"))

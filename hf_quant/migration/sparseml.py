@@ -12,6 +12,7 @@ from .section import Section
 from .sparseml_pruning import pruning
 from .sparseml_quantization import ONE_SHOT, one_shot, quantization
 from .sparseml_training import Training, distillation
+from .values import plain
 
 _EVAL = re.compile(r"eval\((.*)\)", re.DOTALL)
 _DEEPEST = 50
@@ -53,7 +54,8 @@ def read_sparseml(node: Node, draft: Draft, epochs: float | None) -> None:
 
     for name, section in sorted(found.modifiers, key=rank):
         _translate(name, section, training)
-        section.rest()
+        if "LearningRate" not in name:  # these are read together, by finish()
+            section.rest()
     training.finish()
 
 
@@ -113,7 +115,9 @@ class _Modifiers:
         for item in items.value:
             named = [(item.tag, item)] if item.tag else list(item.value.items()) if _is_mapping(item) else []
             if not named:
-                raise fail(item.line, f"a modifier such as `!EpochRangeModifier` must stand here, but is {item.show()}")
+                raise fail(
+                    item.line, f"a modifier such as `!EpochRangeModifier` must stand here, but is {item.show()}"
+                )
             for name, body in named:
                 if not re.fullmatch(r"\w{1,60}", name):
                     raise fail(body.line, f"{name[:40]!r} is no modifier's name")
@@ -135,7 +139,7 @@ class _Modifiers:
         value = self._computed(node, scope, ())
         if not _is_number(value) or value <= 0:
             return None
-        self.draft.put("training", "num_train_epochs", float(value), node.line, f"num_epochs: {node.show()}")
+        self.draft.put("training", "num_train_epochs", plain(value), node.line, f"num_epochs: {node.show()}")
         return float(value)
 
     def note_variables(self) -> None:
@@ -158,6 +162,7 @@ class _Modifiers:
     def _computed(self, node: Node, scope: dict[str, Node], within: tuple[str, ...]) -> Any:
         found = _EVAL.fullmatch(node.value.strip()) if isinstance(node.value, str) else None
         if found is None:
+            self.used.add(node.anchor)
             return node.value
         names = set(re.findall(r"[A-Za-z_]\w*", found[1])) & scope.keys()
         values: dict[str, Any] = {}

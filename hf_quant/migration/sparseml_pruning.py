@@ -45,7 +45,7 @@ def pruning(name: str, section: Section, training: Training) -> bool:
     draft = section.draft
     if name in ("LayerPruningModifier", "LayerThinningModifier"):
         nearest = {
-            "LayerPruningModifier": "layers named by hand; nearest: structure: layer with shrink: true chooses by score",
+            "LayerPruningModifier": "layers by name; nearest: structure: layer with shrink: true chooses by score",
             "LayerThinningModifier": "nearest: shrink: true with structure: head, neuron or layer",
         }[name]
         draft.none(section.line, name, nearest)
@@ -62,7 +62,9 @@ def pruning(name: str, section: Section, training: Training) -> bool:
             section.kept(key, "the masks of pruning stay to the end anyway")
         return True
     if same or whole:
-        draft.none(section.line, name, "prunes weights that another one prunes; nearest: one `schedule: [[step, share]]`")
+        draft.none(
+            section.line, name, "prunes weights that another one prunes; nearest: one `schedule: [[step, share]]`"
+        )
         section.rest(dict.fromkeys(section.values, f"belongs to a second pruning of the same weights, {name}"))
         return True
     part = draft.new_pruning()

@@ -11,16 +11,23 @@ from .sparseml_training import Training
 from .values import scheme_name
 
 ONE_SHOT = {
-    "GPTQModifier": "without training; nearest: hf-quant quantize MODEL --method gptq",
+    "GPTQModifier": "without training; nearest: hf-quant quantize MODEL --rounding gptq",
     "SparseGPTModifier": "prunes without training; nearest: pruning with criterion: block_fisher",
     "OBCQModifier": "prunes without training; nearest: pruning with criterion: block_fisher",
     "WandaPruningModifier": "prunes without training; nearest: pruning with criterion: first_order",
-    "SmoothQuantModifier": "without training; nearest: hf-quant quantize MODEL --smooth",
-    "AWQModifier": "without training; nearest: hf-quant quantize MODEL --method awq",
+    "SmoothQuantModifier": "without training; nearest: hf-quant quantize MODEL --equalize smoothquant",
+    "AWQModifier": "without training; nearest: hf-quant quantize MODEL --equalize awq",
 }
-_PRESETS = {"W8A8": (8, "dynamic", None), "W8A16": (8, None, None), "W4A16": (4, None, 128), "W4A8": (4, "dynamic", 128)}
+_PRESETS = {
+    "W8A8": (8, "dynamic", None),
+    "W8A16": (8, None, None),
+    "W4A16": (4, None, 128),
+    "W4A8": (4, "dynamic", 128),
+}
 _INPUTS = "hf_quant quantizes the inputs of Linear layers, not the outputs"
-_FLOAT_CLASSES = re.compile(r"(Layer|Batch|RMS)Norm\w*|Softmax|Tanh|GELU\w*|ReLU|SiLU|Dropout|\w*Activation|QATMatMul\w*|Matmul\w*")
+_FLOAT_CLASSES = re.compile(
+    r"(Layer|Batch|RMS)Norm\w*|Softmax|Tanh|GELU\w*|ReLU|SiLU|Dropout|\w*Activation|QATMatMul\w*|Matmul\w*"
+)
 _REST = {
     "model_fuse_fn_name": "transformers models have no convolution and batch norm to fuse",
     "model_fuse_fn_kwargs": "transformers models have no convolution and batch norm to fuse",
@@ -74,13 +81,19 @@ def quantization(name: str, section: Section, training: Training) -> None:
     _modules(section)
     _ignored(section)
     for key in ("exclude_module_types", "scheme_overrides"):
-        for item in _texts(section.take(key)):
+        for item in _texts(section.items(key)):
             if _FLOAT_CLASSES.fullmatch(item.value):
-                draft.kept(item.line, f"{key}: {item.value}", "float", "only Linear, Conv1D and Embedding are quantized")
+                draft.kept(
+                    item.line, f"{key}: {item.value}", "float", "only Linear, Conv1D and Embedding are quantized"
+                )
             elif item.value == "Embedding" and key == "exclude_module_types":
                 draft.put("quantization", "embeddings", False, item.line, f"{key}: Embedding")
             else:
-                draft.none(item.line, f"{key}: {item.value}", "a recipe has one scheme; nearest: patterns in `ignore`")
+                draft.none(
+                    item.line,
+                    f"{key}: {item.value}",
+                    "a recipe has one scheme; nearest: `ignore`, or hf-quant quantize --override",
+                )
     section.rest(_REST)
 
 
@@ -109,8 +122,11 @@ def _scheme(name: str, section: Section) -> None:
         if bits is not None or activation_bits is not None:
             scheme, remark = scheme_name(int(bits or 8), "static" if activation_bits != 0 else None)
             line, source = section.line_of("weight_bits"), section.source("weight_bits")
-            section.kept("activation_bits", "int8 activations" if activation_bits else "float activations",
-                         "" if activation_bits in (None, 0, 8) else "activations are int8 or float")
+            section.kept(
+                "activation_bits",
+                "int8 activations" if activation_bits else "float activations",
+                "" if activation_bits in (None, 0, 8) else "activations are int8 or float",
+            )
     if not scheme:
         draft.none(line, source, f"{remark}; int8_static instead")
         scheme, remark = "int8_static", "the nearest"
@@ -127,7 +143,7 @@ def _from_parts(scheme: Section) -> tuple[str, str]:
         bits = int(part.number("num_bits") or 8)
         group = None if part.number("group_size") in (None, -1) else int(part.number("group_size") or 0)
         if part.word("type") == "float":
-            remarks.append("weights are integers; nearest: hf-quant quantize MODEL --scheme float8")
+            remarks.append("weights are integers; nearest: hf-quant quantize MODEL --scheme float8_dynamic")
         if not part.flag("symmetric", default=True):
             remarks.append("weights are symmetric")
         if part.word("strategy") == "tensor":
@@ -153,8 +169,13 @@ def _from_parts(scheme: Section) -> tuple[str, str]:
         if target == "Linear":
             scheme.kept("targets", "all but the head")
         else:
-            draft.put("quantization", "targets", module_patterns(draft, target, scheme.line_of("targets")),
-                      scheme.line_of("targets"), scheme.source("targets"))
+            draft.put(
+                "quantization",
+                "targets",
+                module_patterns(draft, target, scheme.line_of("targets")),
+                scheme.line_of("targets"),
+                scheme.source("targets"),
+            )
     scheme.rest()
     name, remark = scheme_name(bits, activations, group)
     return name, "; ".join([*([remark] if remark else []), *remarks])
@@ -173,7 +194,7 @@ def _modules(section: Section) -> None:
 
 def _ignored(section: Section) -> None:
     patterns: list[str] = []
-    for item in _texts(section.take("ignore")):
+    for item in _texts(section.items("ignore")):
         source = f"ignore: {item.value}"
         if _FLOAT_CLASSES.fullmatch(item.value):
             section.draft.kept(item.line, source, "float", "only Linear, Conv1D and Embedding are quantized")
@@ -193,11 +214,14 @@ def _open(patterns: list[str]) -> str:
     return OPEN if any(pattern.startswith(FILL_IN) for pattern in patterns) else ""
 
 
-def _texts(node: Node | None) -> list[Node]:
-    """The texts of a list or the keys of a mapping, each with its line."""
-    if node is None:
-        return []
-    if isinstance(node.value, dict):
-        return [Node(key, value.line) for key, value in node.value.items()]
-    items = node.value if isinstance(node.value, list) else [node]
-    return [Node(str(item.value), item.line) for item in items]
+def _texts(items: list[Node]) -> list[Node]:
+    """Texts, or the keys of mappings, each with its line."""
+    return [
+        Node(str(name), line)
+        for item in items
+        for name, line in (
+            [(key, value.line) for key, value in item.value.items()]
+            if isinstance(item.value, dict)
+            else [(item.value, item.line)]
+        )
+    ]

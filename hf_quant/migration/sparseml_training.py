@@ -6,7 +6,7 @@ from typing import Any
 
 from .report import TEACHER, Draft
 from .section import Section
-from .values import LAST, share
+from .values import LAST, plain, share
 
 _LOGS = "logs go where `training.report_to` says"
 
@@ -48,7 +48,7 @@ class Training:
         elif self.epochs is not None and end < self.epochs:
             section.kept("end_epoch", "the same training", f"it ends at epoch {self.epochs:g}")
         else:
-            section.put("training", "num_train_epochs", self.epochs or end, "end_epoch")
+            section.put("training", "num_train_epochs", plain(self.epochs or end), "end_epoch")
 
     def add_learning_rate(self, name: str, section: Section) -> None:
         """Notes a learning rate; [`~Training.finish`] makes a schedule of all."""
@@ -149,6 +149,8 @@ def distillation(name: str, section: Section, training: Training) -> None:
     section.kept("end_epoch", "the end of training")
     why = "the source has its teacher on the command line; without this key, the float model teaches itself"
     draft.default("distillation", "teacher", TEACHER, why)
-    section.none("distill_output_keys", "the outputs are those of the model's task: logits, start_logits and end_logits")
+    section.none(
+        "distill_output_keys", "the outputs are those of the model's task: logits, start_logits and end_logits"
+    )
     section.none("teacher_input_keys", "the teacher gets the batch that the model gets")
     section.none("update_frequency", "distillation works at each step")

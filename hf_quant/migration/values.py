@@ -27,6 +27,11 @@ def share(epoch: float, epochs: float) -> float:
     return min(max(math.floor(exact * _DIGITS) / _DIGITS, 0.0), LAST)
 
 
+def plain(number: float) -> int | float:
+    """A whole number without a point."""
+    return int(number) if float(number).is_integer() else number
+
+
 def scheme_name(bits: int, activations: str | None, group: int | None = None) -> tuple[str, str]:
     """The scheme nearest to a number of bits and a kind of activations.
 
@@ -44,7 +49,8 @@ def scheme_name(bits: int, activations: str | None, group: int | None = None) ->
     if activations == "static" and (bits < 8 or group is not None):
         activations, remark = "dynamic", "static ranges go with int8 weights per channel only; dynamic is the nearest"
     if group is not None and group not in GROUP_SIZES:
-        near = min(GROUP_SIZES, key=lambda size: abs(size - group))
+        wanted = group
+        near = min(GROUP_SIZES, key=lambda size: abs(size - wanted))
         remark = f"groups of {group}; hf_quant has {', '.join(map(str, GROUP_SIZES))}"
         group = near
     name = f"int{bits}_{activations or 'weight_only'}"

@@ -42,7 +42,7 @@ def load_rows(recipe: Recipe, task: Task) -> dict[str, Dataset]:
                 splits[split] = load_data(getattr(recipe.data, split))
         except (OSError, ValueError) as error:
             message = f"{error} (Relative paths start from the folder where hf-quant runs.)"
-            problems.append(recipe.source.problem(_place(recipe, split), message))
+            problems.append(recipe.source.problem(place_of(recipe, split), message))
             continue
         problems += _check_columns(splits[split], split, task, recipe)
     if problems:
@@ -68,26 +68,35 @@ def load_labels(
         [`RecipeError`]: if a label is missing or unknown, or the data do not have `num_labels` classes.
     """
     problems: list[Problem] = []
-    names = _class_names(splits["train"], task)
-    if names and len(names) != task.num_labels:
-        message = f"the data have {len(names)} classes ({', '.join(names)}), but `num_labels` is {task.num_labels}"
-        place = ("data", "num_labels") if recipe.data.num_labels else _place(recipe, "train")
-        raise RecipeError([recipe.source.problem(place, message)])
-    if names and not label_names(config):
-        config.id2label = dict(enumerate(names))
-        config.label2id = {name: number for number, name in enumerate(names)}
+    name_classes(recipe, task, splits["train"], config)
     labels: dict[str, np.ndarray] = {}
     for split, rows in splits.items():
         try:
             labels[split], order = read_labels(rows, task, config)
         except ValueError as error:
-            problems.append(recipe.source.problem(_place(recipe, split), f"{split} data: {error}"))
+            problems.append(recipe.source.problem(place_of(recipe, split), f"{split} data: {error}"))
             continue
         if order is not None:  # the data's id of each of the model's classes: here the other way round
             labels[split] = order.argsort()[labels[split]]
     if problems:
         raise RecipeError(problems)
     return labels
+
+
+def name_classes(recipe: Recipe, task: Task, train: Dataset, config: PretrainedConfig) -> None:
+    """Gives a model without names for its classes those of the training data.
+
+    Raises:
+        [`RecipeError`]: if the data do not have `num_labels` classes.
+    """
+    names = _class_names(train, task)
+    if names and len(names) != task.num_labels:
+        message = f"the data have {len(names)} classes ({', '.join(names)}), but `num_labels` is {task.num_labels}"
+        place = ("data", "num_labels") if recipe.data.num_labels else place_of(recipe, "train")
+        raise RecipeError([recipe.source.problem(place, message)])
+    if names and not label_names(config):
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: number for number, name in enumerate(names)}
 
 
 def tokenize(
@@ -121,7 +130,7 @@ def tokenize(
         try:
             tokens = encode_texts(rows, task, tokenizer, max_length)
         except ValueError as error:
-            problems.append(recipe.source.problem(_place(recipe, split), f"{split} data: {error}"))
+            problems.append(recipe.source.problem(place_of(recipe, split), f"{split} data: {error}"))
             continue
         columns = {name: [row[name] for row in tokens] for name in tokens[0]}
         encoded[split] = Dataset.from_dict({**columns, "labels": labels[split].tolist()})
@@ -130,7 +139,7 @@ def tokenize(
     return encoded
 
 
-def _place(recipe: Recipe, split: str) -> KeyPath:
+def place_of(recipe: Recipe, split: str) -> KeyPath:
     """The key that names a split's file."""
     if not recipe.task:
         return ("data", split)
@@ -140,9 +149,7 @@ def _place(recipe: Recipe, split: str) -> KeyPath:
 def _check_columns(rows: Dataset, split: str, task: Task, recipe: Recipe) -> list[Problem]:
     problems = []
     places: list[KeyPath] = [("data", "text_columns", index) for index in range(len(task.text_columns))]
-    for column, place in zip(
-        (*task.text_columns, task.label_column), [*places, ("data", "label_column")], strict=True
-    ):
+    for column, place in zip(task.columns, [*places, ("data", "label_column")], strict=False):
         if column not in rows.column_names:
             message = f"the {split} data have no column `{column}`{nearest(column, rows.column_names)}"
             problems.append(recipe.source.problem(place, message))

@@ -17,8 +17,8 @@ class Steps:
     """The optimizer steps of one training in one process, as the Trainer counts them.
 
     Args:
-        rows (`int`): of the training data.
-        batch_size (`int`): rows of one batch.
+        examples (`int`): rows of the training data, or windows of its texts.
+        batch_size (`int`): examples of one batch.
         accumulation (`int`): batches of one step.
         per_epoch (`int`): steps of one pass over the data; the last one may have fewer batches.
         batches_per_epoch (`int`): batches of one pass.
@@ -31,7 +31,7 @@ class Steps:
         saves_best_only (`bool`): whether it saves only those evaluated that are the best so far.
     """
 
-    rows: int
+    examples: int
     batch_size: int
     accumulation: int
     per_epoch: int
@@ -50,12 +50,12 @@ class Steps:
         return whole + min(1.0, rest * self.accumulation / self.batches_per_epoch)
 
 
-def count_steps(args: TrainingArguments, rows: int) -> Steps:
-    """The steps of a Trainer with these arguments on so many rows.
+def count_steps(args: TrainingArguments, examples: int) -> Steps:
+    """The steps of a Trainer with these arguments on so many examples.
 
     Args:
         args (`transformers.TrainingArguments`): of the training.
-        rows (`int`): of the training data.
+        examples (`int`): rows of the training data, or windows of its texts.
 
     Raises:
         `ValueError`: if there is no step to take.
@@ -63,12 +63,12 @@ def count_steps(args: TrainingArguments, rows: int) -> Steps:
     size, accumulation = args.train_batch_size, args.gradient_accumulation_steps
     drop = args.dataloader_drop_last
     if args.train_sampling_strategy == "batch_rebalance":  # whole steps, each of as many batches
-        batches = accumulation * _divide(rows, size * accumulation, drop)
+        batches = accumulation * _divide(examples, size * accumulation, drop)
     else:
-        batches = _divide(rows, size, drop)
+        batches = _divide(examples, size, drop)
     if batches == 0:
         raise ValueError(
-            f"the training data have {rows} rows, which make no whole batch of {size}, and `dataloader_drop_last` "
+            f"the training data have {examples} examples, which make no whole batch of {size}, and `dataloader_drop_last` "
             "drops the rest. Lower `per_device_train_batch_size`, or leave `dataloader_drop_last` out"
         )
     per_epoch = max(_divide(batches, accumulation, False), 1)
@@ -77,7 +77,7 @@ def count_steps(args: TrainingArguments, rows: int) -> Steps:
         what = "max_steps" if args.max_steps == 0 else "num_train_epochs"
         raise ValueError(f"`{what}` is {getattr(args, what)}, so there is no step to take. Raise it")
     frame = Steps(
-        rows,
+        examples,
         size,
         accumulation,
         per_epoch,
@@ -119,7 +119,7 @@ def learning_rates(args: TrainingArguments, total: int, steps: Iterable[int]) ->
     )
     if not isinstance(scheduler, LambdaLR):
         return None
-    return [scheduler.base_lrs[0] * scheduler.lr_lambdas[0](step) for step in steps]
+    return [float(scheduler.base_lrs[0] * scheduler.lr_lambdas[0](step)) for step in steps]
 
 
 def _divide(whole: int, part: int, drop: bool) -> int:

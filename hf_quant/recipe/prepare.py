@@ -6,9 +6,10 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .data import load_labels, load_rows, tokenize
+from .data import load_rows
+from .data_kinds import auto_class, load_config, trainer_data
 from .source import KeyPath, Problem, RecipeError
 from .training import training_arguments
 from .values import dotted, nearest
@@ -28,18 +29,20 @@ class Prepared:
     Args:
         recipe ([`Recipe`]): the recipe.
         task ([`Task`]): its columns, labels and metrics.
-        encoded (`dict[str, datasets.Dataset]`): tokenized rows by `"train"` and `"validation"`.
+        encoded (`dict[str, datasets.Dataset]`): tokenized rows, or windows, by `"train"` and `"validation"`.
+        trainer_options (`dict[str, Any]`): the Trainer's arguments that go with them, such as its `data_collator`.
         config (`transformers.PretrainedConfig`): of the model, with the task's labels.
         model (`transformers.PreTrainedModel`): the float model, in float32.
         new_weights (`list[str]`): names of its parameters that no checkpoint had, such as a new head's.
         tokenizer (`PreTrainedTokenizerBase`): of the model.
-        max_length (`int` or `None`): tokens at which texts are cut.
+        max_length (`int` or `None`): tokens at which texts are cut; of a language model those of a window.
         precision (`str`): of the training, and why.
     """
 
     recipe: Recipe
     task: Task
     encoded: dict[str, Dataset]
+    trainer_options: dict[str, Any]
     config: PretrainedConfig
     model: PreTrainedModel
     new_weights: list[str]
@@ -54,9 +57,10 @@ def prepare(recipe: Recipe) -> Prepared:
     Raises:
         [`RecipeError`]: with what is wrong, each at its place in the file.
     """
-    from transformers import AutoConfig
-
+    from ..evaluation.tasks import CAUSAL
+    from ..evaluation.windows import check_length, default_length
     from ..quantization.float_models import require_unquantized
+    from ..schemes import get_scheme
     from ..targets import select_modules
     from ..texts import find_tokenizer, length_limit
 
@@ -76,30 +80,39 @@ def prepare(recipe: Recipe) -> Prepared:
         raise RecipeError(problems)
 
     with _at(recipe, ("model",)):
-        config = AutoConfig.from_pretrained(recipe.model, num_labels=task.num_labels, problem_type=task.problem_type)
+        config, task = load_config(recipe, task, rows)
         tokenizer = find_tokenizer(None, [recipe.model])
-    labels = load_labels(recipe, task, rows, config)
-    with _at(recipe, ("model",)):
-        model, new_weights = load_model(recipe, config)
+        model, new_weights = load_model(recipe, task, config)
         require_unquantized(model)
-    with _at(recipe, ("quantization",)):
-        wanted = recipe.quantization
-        select_modules(model, wanted.targets, wanted.ignore, wanted.embeddings)
-        callbacks = recipe.callbacks()
-    for index, callback in enumerate(callbacks[:-1]):
-        with _at(recipe, ("pruning", index) if len(recipe.pruning) > 1 else ("pruning",)):
+    if (wanted := recipe.quantization) is not None:
+        with _at(recipe, ("quantization",)):
+            scheme = get_scheme(wanted.scheme)
+            select_modules(model, wanted.targets, wanted.ignore, wanted.embeddings, scheme)
+    callbacks: list[Any] = recipe.callbacks()
+    places: list[KeyPath] = [("pruning", index) for index in range(len(recipe.pruning))]
+    for place, callback in zip(places if len(places) > 1 else [("pruning",)] * len(places), callbacks, strict=False):
+        with _at(recipe, place):
             callback.check(model)
+    if recipe.distillation is not None:
+        with _at(recipe, ("distillation",)):
+            callbacks[len(places)].check(model, tokenizer)
     with _at(recipe, ("data", "max_length")):
-        max_length = length_limit(tokenizer, [model], recipe.data.max_length)
-    encoded = tokenize(recipe, task, rows, labels, tokenizer, max_length)
-    return Prepared(recipe, task, encoded, config, model, new_weights, tokenizer, max_length, precision)
+        if task.problem_type == CAUSAL:
+            window = recipe.data.max_length or default_length(tokenizer, model)
+            check_length(model, window)
+            max_length: int | None = window
+        else:
+            max_length = length_limit(tokenizer, [model], recipe.data.max_length)
+    encoded, options = trainer_data(recipe, task, rows, config, tokenizer, max_length)
+    return Prepared(recipe, task, encoded, options, config, model, new_weights, tokenizer, max_length, precision)
 
 
-def load_model(recipe: Recipe, config: PretrainedConfig) -> tuple[PreTrainedModel, list[str]]:
+def load_model(recipe: Recipe, task: Task, config: PretrainedConfig) -> tuple[PreTrainedModel, list[str]]:
     """The recipe's model in float32, a new head drawn from the recipe's seed.
 
     Args:
         recipe ([`Recipe`]): names the model.
+        task ([`Task`]): says which class of model.
         config (`transformers.PretrainedConfig`): with the task's labels.
 
     Returns:
@@ -109,11 +122,11 @@ def load_model(recipe: Recipe, config: PretrainedConfig) -> tuple[PreTrainedMode
         `ValueError`: if the weights do not fit the config, or less than half of them are there.
     """
     import torch
-    from transformers import AutoModelForSequenceClassification, set_seed
+    from transformers import set_seed
 
     set_seed(recipe.seed)
     try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
+        model, info = auto_class(task).from_pretrained(
             recipe.model, config=config, dtype=torch.float32, output_loading_info=True
         )
     except RuntimeError as error:
@@ -152,5 +165,7 @@ def _at(recipe: Recipe, place: KeyPath) -> Iterator[None]:
     """Gives what other modules raise the place in the recipe that it is about."""
     try:
         yield
+    except RecipeError:  # has its place
+        raise
     except (OSError, ValueError) as error:
         raise RecipeError([recipe.source.problem(place, f"`{dotted(place)}`: {error}")]) from error

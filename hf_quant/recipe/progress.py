@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -16,20 +17,29 @@ from rich.progress import (
 )
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..callbacks.base import resolve_step
+from ..callbacks.distillation import DistillationCallback
+from ..callbacks.pruning import PruningCallback
+from ..callbacks.qat import QATCallback
+
 
 class TrainingProgress(TrainerCallback):
     """Shows the phase, steps, times and logs of a training run; the bars heed `disable_tqdm`.
+
+    A phase is what the recipe's callbacks do at the step: pruning, QAT, QAT with frozen ranges, distillation.
 
     Pass it after the callbacks that add to the logs. Call [`~TrainingProgress.stop`] when training fails.
 
     Args:
         phase (`str`): what is being trained, such as `"int8"`.
         console (`rich.console.Console`): where to print.
+        callbacks (sequence of `TrainerCallback`, *optional*): of the same training, to name the phases by.
     """
 
-    def __init__(self, phase: str, console: Console) -> None:
+    def __init__(self, phase: str, console: Console, callbacks: Sequence[TrainerCallback] = ()) -> None:
         self.phase = phase
         self.console = console
+        self.callbacks = callbacks
         self._progress: Progress | None = None
         self._training: TaskID | None = None
         self._evaluation: TaskID | None = None
@@ -41,7 +51,7 @@ class TrainingProgress(TrainerCallback):
         self.stop()  # auto_find_batch_size begins again
         if _shown(args, state):
             self._training = self._start().add_task(
-                f"training {self.phase}", total=state.max_steps, completed=state.global_step
+                self._description(state), total=state.max_steps, completed=state.global_step
             )
 
     def on_step_end(
@@ -49,7 +59,8 @@ class TrainingProgress(TrainerCallback):
     ) -> None:
         """Move the bar; after the last step it goes, so that a conversion can show its own."""
         if self._progress is not None and self._training is not None:
-            self._progress.update(self._training, completed=state.global_step)
+            description = self._description(state)
+            self._progress.update(self._training, completed=state.global_step, description=description)
             if state.global_step >= state.max_steps:
                 self.stop()
 
@@ -100,6 +111,10 @@ class TrainingProgress(TrainerCallback):
             self._progress.stop()
         self._progress = self._training = self._evaluation = None
 
+    def _description(self, state: TrainerState) -> str:
+        names = phase_names(self.callbacks, state.global_step, state.max_steps)
+        return f"training {self.phase}" + (f": {' + '.join(names)}" if names else "")
+
     def _start(self) -> Progress:
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -113,6 +128,32 @@ class TrainingProgress(TrainerCallback):
         )
         self._progress.start()
         return self._progress
+
+
+def phase_names(callbacks: Sequence[TrainerCallback], step: int, max_steps: int) -> list[str]:
+    """What the callbacks of a training do in one step, in words.
+
+    Args:
+        callbacks (sequence of `TrainerCallback`): pruning, distillation and QAT are named, others are not.
+        step (`int`): optimizer steps that are done.
+        max_steps (`int`): of the whole training.
+    """
+    names = []
+    for callback in callbacks:
+        if isinstance(callback, PruningCallback) and not callback.settings.constant:
+            # Masks change after the step.
+            timeline = callback.settings.timeline(max_steps, resolve_step)
+            if timeline.start <= step + 1 <= timeline.end:
+                names.append("pruning")
+        elif isinstance(callback, DistillationCallback):
+            start, end = callback.check_steps(max_steps)
+            if start <= step < end:
+                names.append("distillation")
+        elif isinstance(callback, QATCallback) and step >= resolve_step(callback.start_step, max_steps):
+            static = callback.scheme.activations == "static"
+            frozen = static and step >= resolve_step(callback.freeze_step, max_steps)
+            names.append("QAT with frozen ranges" if frozen else "QAT")
+    return list(dict.fromkeys(names))
 
 
 def _shown(args: TrainingArguments, state: TrainerState) -> bool:

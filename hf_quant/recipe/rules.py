@@ -90,8 +90,10 @@ def check_data(task: Any, data: dict[str, Any], source: Source) -> list[Problem]
 
 def own_task(data: Mapping[str, Any]) -> Task:
     """The task that a recipe's `data` section describes."""
-    from ..evaluation.tasks import Task
+    from ..evaluation.tasks import CAUSAL, Task
 
+    if data.get("problem_type") == CAUSAL and data.get("label_column") is not None:
+        raise ValueError("a causal language model is trained on the text alone; remove `label_column`")
     fields = ("label_column", "problem_type", "num_labels", "metrics")
     values = {key: data[key] for key in fields if data.get(key) is not None}
     return Task(name=data.get("name") or "data", text_columns=tuple(data["text_columns"]), **values)

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from ..checkpoint import require_free_folder, save_quantized, whole_folder
+from .checkpoints import remove_leftovers
 from .prepare import Prepared, load_model, prepare
+from .provenance import write_provenance
 from .schema import Recipe
-from .training import training_arguments
+from .stopping import StopOnSignal, Stopped
+from .train import train
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, Trainer, TrainerCallback
-
     from ..evaluation.report import Comparison
+    from ..evaluation.sweep_report import Sweep
 
 RECIPE_FILE = "recipe.yaml"
+_MODELS = ("int8", "model", "float")
+_MAX_WINDOWS = 4  # a batch: their logits are held, the vocabulary for each token
 
 
 @dataclass(frozen=True)
@@ -28,31 +33,35 @@ class RunResult:
     """What a run left behind.
 
     Args:
-        int8_model (`Path`): folder of the int8 model.
+        int8_model (`Path`): folder of the int8 model; of the float one where the recipe does not quantize.
         float_model (`Path` or `None`): folder of the float model that it was compared with.
         report (`Path` or `None`): the HTML report; the same lies beside it as JSON and Markdown.
-        comparison ([`Comparison`] or `None`): the figures.
+        comparison ([`Comparison`], [`Sweep`] or `None`): the figures; a [`Sweep`] for language models.
     """
 
     int8_model: Path
     float_model: Path | None = None
     report: Path | None = None
-    comparison: Comparison | None = None
+    comparison: Comparison | Sweep | None = None
 
 
 def run(recipe: Recipe, *, overwrite: bool = False, resume: bool = False, console: Console | None = None) -> RunResult:
     """Carries out a recipe.
 
-    The output folder then holds `int8/` (the model, its tokenizer and the recipe), `float/` (the twin, where the
-    baseline is `train`), `checkpoints/`, `recipe.yaml`, and `report.json`, `report.md` and `report.html`; where the
-    recipe prunes, `pruning.html`, the sparsity wanted and reached.
+    The output folder then holds `int8/` (the model, its tokenizer, the recipe and its provenance), or `model/` where
+    the recipe does not quantize; `float/` (the twin, where the baseline is `train` or the teacher is the model
+    itself), `checkpoints/`, `recipe.yaml`, and `report.json`, `report.md` and `report.html`; where the recipe prunes,
+    `pruning.html`, the sparsity wanted and reached.
+
+    SIGINT and SIGTERM end it with a checkpoint, see [`StopOnSignal`]. Started by torchrun or accelerate launch, all
+    processes train, and the first one writes and prints.
 
     Args:
         recipe ([`Recipe`]): what to do.
         overwrite (`bool`, *optional*, defaults to `False`): whether to replace what an earlier run left there.
         resume (`bool`, *optional*, defaults to `False`):
             Whether to go on with an earlier run of the same recipe: finished models are kept, an unfinished
-            training starts from its last checkpoint.
+            training starts from its last checkpoint that is whole.
         console (`rich.console.Console`, *optional*): where to print.
 
     Returns:
@@ -62,125 +71,149 @@ def run(recipe: Recipe, *, overwrite: bool = False, resume: bool = False, consol
         [`RecipeError`]: if a file, column, label or model is not as the recipe says; nothing is written then.
         `FileExistsError`: if the output folder is not empty and neither `overwrite` nor `resume` is set.
         `ValueError`: if `resume` finds the run of another recipe.
+        [`Stopped`]: a `SystemExit` with code 130 or 143, after a signal.
     """
-    console = console or Console()
     output = Path(recipe.output)
+    with StopOnSignal() as stop:
+        try:
+            return _run(recipe, output, overwrite, resume, console, stop)
+        except Stopped as stopped:
+            if os.environ.get("RANK", "0") == "0":
+                where = f" after step {stop.step}, with a checkpoint" if stop.step is not None else ""
+                again = f"hf-quant run {output / RECIPE_FILE} --resume"
+                how = f"go on with: {again}" if (output / RECIPE_FILE).is_file() else "nothing was written"
+                (console or Console()).out(f"stopped by {stopped.signal}{where}; {how}", highlight=False)
+            raise
+
+
+def _run(
+    recipe: Recipe, output: Path, overwrite: bool, resume: bool, console: Console | None, stop: StopOnSignal
+) -> RunResult:
+    from accelerate import PartialState
+
     if resume:
         _require_same_recipe(recipe, output)
     require_free_folder(output, overwrite or resume)
     prepared = prepare(recipe)
+    processes = PartialState()  # that of the training arguments, which were made by now
+    main = processes.is_main_process
+    console = (console or Console()) if main else Console(quiet=True)
     console.out(f"training in {prepared.precision}", highlight=False)
     console.out(f"new weights, to be trained: {', '.join(prepared.new_weights) or 'none'}", highlight=False)
 
-    if not resume:
-        shutil.rmtree(output / "checkpoints", ignore_errors=True)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+    processes.wait_for_everyone()  # all have looked at the folder before the first one writes
+    if main:
+        _begin(recipe, output, resume)
+    processes.wait_for_everyone()
 
-    int8 = output / "int8"
-    if resume and _finished(int8, recipe):
-        console.out(f"kept the int8 model in {int8}", highlight=False)
+    how: dict[str, Any] = {"resume": resume, "console": console, "stop": stop}
+    name = "int8" if recipe.quantization is not None else "model"
+    folder = output / name
+    teaches_itself = recipe.distillation is not None and recipe.distillation.teacher is None
+    if teaches_itself:
+        _train_float(prepared, **how)
+    if resume and _finished(folder, recipe):
+        console.out(f"kept the {name} model in {folder}" if name == "int8" else f"kept {folder}", highlight=False)
     else:
-        callbacks = recipe.callbacks()
-        trainer = _train(prepared, prepared.model, "int8", callbacks, resume, console)
-        for path, callback in zip(pruning_pages(output, len(recipe.pruning)), callbacks, strict=False):
-            callback.save_plot(path)
-        save_quantized(trainer.model, int8, processing_class=prepared.tokenizer, overwrite=True)
-        if recipe.evaluation.baseline == "none":
-            trainer.evaluate()  # prints what a comparison would otherwise say
-        _finish(int8, recipe)
-        console.out(f"saved the int8 model to {int8}", highlight=False)
-    baseline = _baseline(prepared, resume, console)
-    if baseline is None:
-        return RunResult(int8)
-
-    from ..evaluation.compare import compare
-
-    comparison = compare(
-        str(baseline),
-        str(int8),
-        task=prepared.task,
-        data=_validation(recipe),
-        processing_class=prepared.tokenizer,
-        batch_size=recipe.evaluation.batch_size,
-        max_length=prepared.max_length,
-        max_samples=recipe.evaluation.max_samples,
-    )
+        _train_compressed(prepared, name, folder, teaches_itself, **how)
+    baseline = recipe.evaluation.baseline
+    if baseline == "train" and not teaches_itself:
+        _train_float(prepared, **how)
+    if baseline == "none" or not main:
+        return RunResult(folder)
+    float_folder = output / "float" if baseline == "train" else Path(baseline)
+    comparison = _compare(prepared, float_folder, folder)
     comparison.save(output)
     console.print(comparison)
     report = output / "report.html"
     console.out(f"report: {report}", highlight=False)
-    return RunResult(int8, baseline, report, comparison)
+    return RunResult(folder, float_folder, report, comparison)
+
+
+def _begin(recipe: Recipe, output: Path, resume: bool) -> None:
+    """Leaves in the output folder what goes on from an earlier run, and the recipe."""
+    if not resume:
+        shutil.rmtree(output / "checkpoints", ignore_errors=True)
+        for name in _MODELS:  # what is there is no longer the result of a finished run
+            (output / name / RECIPE_FILE).unlink(missing_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(output, _MODELS)
+    _write_recipe(output, recipe)
+
+
+def _train_compressed(prepared: Prepared, name: str, folder: Path, teaches_itself: bool, **how: Any) -> None:
+    """Trains, converts and saves the model that the recipe is about."""
+    from accelerate import PartialState
+
+    recipe, console = prepared.recipe, how["console"]
+    callbacks: list[Any] = recipe.callbacks()
+    if teaches_itself:
+        callbacks[len(recipe.pruning)].teacher = str(Path(recipe.output) / "float")
+    trainer = train(prepared, prepared.model, name, callbacks, **how)
+    if PartialState().is_main_process:
+        for path, callback in zip(pruning_pages(folder.parent, len(recipe.pruning)), callbacks, strict=False):
+            callback.save_plot(path)
+        if recipe.quantization is not None:
+            save_quantized(trainer.model, folder, processing_class=prepared.tokenizer, overwrite=True)
+        else:
+            _save_float(trainer.model, folder, prepared)
+    if recipe.evaluation.baseline == "none":
+        trainer.evaluate()  # prints what a comparison would otherwise say
+    _finish(folder, recipe)
+    console.out(f"saved the {name} model to {folder}" if name == "int8" else f"saved {folder}", highlight=False)
+
+
+def _train_float(prepared: Prepared, **how: Any) -> None:
+    """Trains and saves the float twin, where that was not done before."""
+    from accelerate import PartialState
+
+    recipe, console = prepared.recipe, how["console"]
+    folder = Path(recipe.output) / "float"
+    if how["resume"] and _finished(folder, recipe):
+        console.out(f"kept the float model in {folder}", highlight=False)
+        return
+    model, _ = load_model(recipe, prepared.task, prepared.config)
+    model = train(prepared, model, "float", [], **how).model
+    if PartialState().is_main_process:
+        _save_float(model, folder, prepared)
+    _finish(folder, recipe)
+    console.out(f"saved the float model to {folder}", highlight=False)
+
+
+def _save_float(model: Any, folder: Path, prepared: Prepared) -> None:
+    with whole_folder(folder) as beside:
+        model.save_pretrained(beside)
+        prepared.tokenizer.save_pretrained(beside)
+
+
+def _compare(prepared: Prepared, float_folder: Path, folder: Path) -> Comparison | Sweep:
+    """The report: metrics of the validation data, or the perplexity of its texts."""
+    from ..evaluation.compare import compare
+    from ..evaluation.files import load_data
+    from ..evaluation.sweep import compare_perplexity
+    from ..evaluation.tasks import CAUSAL
+
+    recipe, task = prepared.recipe, prepared.task
+    shared: dict[str, Any] = {"max_samples": recipe.evaluation.max_samples}
+    if task.problem_type == CAUSAL:
+        texts = load_data(recipe.data.validation or "")[task.text_columns[0]][:]
+        shared |= {"length": prepared.max_length, "batch_size": min(recipe.evaluation.batch_size, _MAX_WINDOWS)}
+        return compare_perplexity(str(float_folder), str(folder), prepared.tokenizer, texts, **shared)
+    return compare(
+        str(float_folder),
+        str(folder),
+        task=task,
+        data=_validation(recipe),
+        processing_class=prepared.tokenizer,
+        batch_size=recipe.evaluation.batch_size,
+        max_length=prepared.max_length,
+        **shared,
+    )
 
 
 def pruning_pages(output: Path, count: int) -> list[Path]:
     """Where the pictures of `count` pruning schedules go."""
     return [output / ("pruning.html" if count == 1 else f"pruning-{index + 1}.html") for index in range(count)]
-
-
-def _baseline(prepared: Prepared, resume: bool, console: Console) -> Path | None:
-    """The folder of the float model to compare with, trained where the recipe says so."""
-    recipe = prepared.recipe
-    if recipe.evaluation.baseline == "none":
-        return None
-    if recipe.evaluation.baseline != "train":
-        return Path(recipe.evaluation.baseline)
-    folder = Path(recipe.output) / "float"
-    if resume and _finished(folder, recipe):
-        console.out(f"kept the float model in {folder}", highlight=False)
-        return folder
-    model, _ = load_model(recipe, prepared.config)
-    model = _train(prepared, model, "float", [], resume, console).model
-    with whole_folder(folder) as beside:
-        model.save_pretrained(beside)
-        prepared.tokenizer.save_pretrained(beside)
-    _finish(folder, recipe)
-    console.out(f"saved the float model to {folder}", highlight=False)
-    return folder
-
-
-def _train(
-    prepared: Prepared,
-    model: PreTrainedModel,
-    name: str,
-    callbacks: list[TrainerCallback],
-    resume: bool,
-    console: Console,
-) -> Trainer:
-    """Trains a model; the callbacks are all in which the int8 model's training differs from the float twin's."""
-    from transformers import DataCollatorWithPadding, PrinterCallback, ProgressCallback, Trainer, set_seed
-    from transformers.trainer_utils import get_last_checkpoint
-
-    from ..evaluation.metrics import trainer_metrics
-    from .progress import TrainingProgress
-
-    recipe = prepared.recipe
-    checkpoints = Path(recipe.output) / "checkpoints" / name
-    args, _ = training_arguments(recipe.training, str(checkpoints), recipe.seed, recipe.source)
-    progress = TrainingProgress(name, console)
-    trainer = Trainer(
-        model=model,
-        args=args,
-        train_dataset=prepared.encoded["train"],
-        eval_dataset=prepared.encoded["validation"],
-        processing_class=prepared.tokenizer,
-        data_collator=DataCollatorWithPadding(prepared.tokenizer),
-        compute_metrics=trainer_metrics(prepared.task),
-        callbacks=[*callbacks, progress],
-    )
-    for shipped in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(shipped)
-    console.out(f"training {name} on {len(prepared.encoded['train']):,} examples", highlight=False)
-    # Preparing a model for QAT may have drawn random numbers; the twin has to draw the same ones from here on.
-    set_seed(recipe.seed)
-    last = get_last_checkpoint(str(checkpoints)) if resume and checkpoints.is_dir() else None
-    if last:
-        console.out(f"resuming from {last}", highlight=False)
-    try:
-        trainer.train(resume_from_checkpoint=last)
-    finally:
-        progress.stop()
-    return trainer
 
 
 def _validation(recipe: Recipe) -> str | None:
@@ -195,7 +228,20 @@ def _validation(recipe: Recipe) -> str | None:
 
 def _finish(folder: Path, recipe: Recipe) -> None:
     """Puts the recipe beside the weights: the last file that is written, so it also says that the rest is there."""
-    (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+    from accelerate import PartialState
+
+    processes = PartialState()
+    if processes.is_main_process:
+        write_provenance(folder, recipe)
+        _write_recipe(folder, recipe)
+    processes.wait_for_everyone()
+
+
+def _write_recipe(folder: Path, recipe: Recipe) -> None:
+    """The recipe as a file that is there as a whole or not at all."""
+    beside = folder / f".{RECIPE_FILE}"
+    beside.write_text(recipe.to_yaml(), encoding="utf-8")
+    os.replace(beside, folder / RECIPE_FILE)
 
 
 def _finished(folder: Path, recipe: Recipe) -> bool:
@@ -203,7 +249,8 @@ def _finished(folder: Path, recipe: Recipe) -> bool:
 
 
 def _require_same_recipe(recipe: Recipe, output: Path) -> None:
-    if not output.is_dir() or not any(output.iterdir()):
+    # A hidden file is what a run leaves that was killed while it wrote its first one.
+    if not output.is_dir() or not any(not path.name.startswith(".") for path in output.iterdir()):
         return
     if not (output / RECIPE_FILE).is_file():
         raise ValueError(f"{output} holds no {RECIPE_FILE}, so there is no run to resume; choose another `output`")

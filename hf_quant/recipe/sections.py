@@ -16,22 +16,34 @@ class Data:
     Args:
         train (`str`, *optional*): file to train on: `.parquet`, `.csv`, `.tsv`, `.json` or `.jsonl`.
         validation (`str`, *optional*): file to measure on, of the same kinds.
-        text_columns (`list[str]`, *optional*): one column of text, or two for pairs.
-        label_column (`str`, *optional*, defaults to `"label"`): class ids, class names, or real numbers.
-        problem_type (`str`, *optional*): `"single_label_classification"` (the default) or `"regression"`.
-        num_labels (`int`, *optional*): number of classes; defaults to 2, and is 1 for regression.
+        text_columns (`list[str]`, *optional*):
+            One column of text, or two for pairs; one of lists of words for token classification; question and context
+            for question answering.
+        label_column (`str`, *optional*, defaults to `"label"`):
+            Class ids, class names, or real numbers; lists of tag ids or names, one a word; or answers as in SQuAD,
+            `{"text": [...], "answer_start": [...]}`, empty where there is none. Language models need none.
+        problem_type (`str`, *optional*):
+            `"single_label_classification"` (the default), `"regression"`, `"token_classification"`,
+            `"question_answering"` or `"causal_lm"`.
+        num_labels (`int`, *optional*): number of classes; defaults to 2, and is 1 for regression. Of tags, those of
+            the training data.
         metrics (`list[str]`, *optional*): defaults to those of the problem type; the first is the headline.
         name (`str`, *optional*): what reports call the data; defaults to `"data"`.
         data_dir (`str`, *optional*): with `task`: folder of `<task>/train.parquet` and `<task>/validation.parquet`.
             Without it the task's data come from the hub.
-        max_length (`int`, *optional*): tokens at which a text is cut; defaults to what the model can take.
+        max_length (`int`, *optional*):
+            Tokens at which a text is cut; defaults to what the model can take. A context is cut into windows of this
+            length that overlap, and the text of a language model into windows that do not; its default is 512.
     """
 
     train: str | None = None
     validation: str | None = None
     text_columns: list[str] | None = None
     label_column: str | None = None
-    problem_type: Literal["single_label_classification", "regression"] | None = None
+    problem_type: (
+        Literal["single_label_classification", "regression", "token_classification", "question_answering", "causal_lm"]
+        | None
+    ) = None
     num_labels: int | None = field(default=None, metadata={"minimum": 1})
     metrics: list[str] | None = None
     name: str | None = None
