@@ -21,9 +21,9 @@ from common import interleave, show, summarize, write
 from qat_step import BATCH, LENGTH, batch, minilm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_quant.distillation_hook import DistillationHook
-from hf_quant.teacher import Teacher
-from hf_quant.teacher_cache import TeacherCache
+from hf_quant.distillation.cache import TeacherCache
+from hf_quant.distillation.hook import DistillationHook
+from hf_quant.distillation.teacher import Teacher
 
 LLAMA_BATCH = 8
 

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..distillation import checked_layers
-from ..distillation_hook import DistillationHook
+from ..distillation.cache import TeacherCache
+from ..distillation.hook import DistillationHook
+from ..distillation.losses import checked_layers
+from ..distillation.teacher import Teacher, check_teacher, load_teacher, require_attention, self_teacher
 from ..quantization.float_models import require_unquantized
 from ..runtime.base import quantized_modules
-from ..teacher import Teacher, check_teacher, load_teacher, require_attention, self_teacher
-from ..teacher_cache import TeacherCache
 from .base import before_conversion, check_step, join_trainer, resolve_step, run_notes
 
 _RECORD = "hf_quant.distillation"

@@ -161,7 +161,8 @@ def _check_best(found: _Findings, args: TrainingArguments, steps: Steps, phases:
         message = (
             f"`load_best_model_at_end` finds no checkpoint: {what} at step {first - (what == 'QAT begins')}, and what "
             f"was evaluated before does not count; after it no checkpoint is both evaluated and saved (evaluations at "
-            f"{_list(steps.evaluations)}; checkpoints at {_list(steps.saves)}). Lower `eval_delay`, `eval_steps` or `save_steps`"
+            f"{_list(steps.evaluations)}; checkpoints at {_list(steps.saves)}). Lower `eval_delay`, "
+            "`eval_steps` or `save_steps`"
         )
         found.add("error", place, message)
     elif qat is not None and qat.freeze is not None:
@@ -176,6 +177,12 @@ def _check_best(found: _Findings, args: TrainingArguments, steps: Steps, phases:
 
 
 def _check_frequencies(found: _Findings, args: TrainingArguments, steps: Steps) -> None:
+    if args.auto_find_batch_size:
+        message = (
+            f"`auto_find_batch_size` makes batches smaller than {steps.batch_size} where memory is short, and then "
+            f"there are more steps than the {steps.total} planned"
+        )
+        found.add("note", ("training", "auto_find_batch_size"), message)
     pairs = (
         ("eval_steps", args.eval_strategy, "the model is evaluated at the end only"),
         ("save_steps", args.save_strategy, "a checkpoint is saved at the end only"),

@@ -68,8 +68,8 @@ def count_steps(args: TrainingArguments, examples: int) -> Steps:
         batches = _divide(examples, size, drop)
     if batches == 0:
         raise ValueError(
-            f"the training data have {examples} examples, which make no whole batch of {size}, and `dataloader_drop_last` "
-            "drops the rest. Lower `per_device_train_batch_size`, or leave `dataloader_drop_last` out"
+            f"the training data have {examples} examples, which make no whole batch of {size}, and "
+            "`dataloader_drop_last` drops the rest. Lower `per_device_train_batch_size`, or leave that out"
         )
     per_epoch = max(_divide(batches, accumulation, False), 1)
     total = args.max_steps if args.max_steps >= 0 else math.ceil(args.num_train_epochs * per_epoch)

@@ -18,10 +18,8 @@ def headline(plan: Plan) -> str:
     batch = f"{steps.batch_size:,} a batch"
     if steps.accumulation > 1:
         batch += f", {steps.accumulation} batches a step"
-    return (
-        f"{steps.total:,} steps: {_count(steps.examples, 'example')}, {batch}, {_count(steps.per_epoch, 'step')} an epoch, "
-        f"{steps.epoch(steps.total):.4g} epochs"
-    )
+    epochs = f"{_count(steps.per_epoch, 'step')} an epoch, {steps.epoch(steps.total):.4g} epochs"
+    return f"{steps.total:,} steps: {_count(steps.examples, 'example')}, {batch}, {epochs}"
 
 
 def model_words(plan: Plan) -> str:

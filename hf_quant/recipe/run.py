@@ -120,6 +120,8 @@ def _run(
     if baseline == "train" and not teaches_itself:
         _train_float(prepared, **how)
     if baseline == "none" or not main:
+        if main:
+            _upload(recipe, folder, console)
         return RunResult(folder)
     float_folder = output / "float" if baseline == "train" else Path(baseline)
     comparison = _compare(prepared, float_folder, folder)
@@ -127,6 +129,7 @@ def _run(
     console.print(comparison)
     report = output / "report.html"
     console.out(f"report: {report}", highlight=False)
+    _upload(recipe, folder, console)
     return RunResult(folder, float_folder, report, comparison)
 
 
@@ -209,6 +212,19 @@ def _compare(prepared: Prepared, float_folder: Path, folder: Path) -> Comparison
         max_length=prepared.max_length,
         **shared,
     )
+
+
+def _upload(recipe: Recipe, folder: Path, console: Console) -> None:
+    """Puts the finished model on the hub, where the recipe says so."""
+    if recipe.hub is None:
+        return
+    from huggingface_hub import HfApi
+
+    api, repo_id = HfApi(), str(recipe.hub.repo_id)
+    api.create_repo(repo_id, private=recipe.hub.private, exist_ok=True)
+    message = recipe.hub.commit_message or f"hf_quant: {folder.name} model"
+    api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
+    console.out(f"uploaded {folder} to {repo_id}", highlight=False)
 
 
 def pruning_pages(output: Path, count: int) -> list[Path]:

@@ -118,8 +118,8 @@ class Distillation:
 
     Args:
         teacher (`str`, *optional*):
-            Folder or hub id of a float model. Without it, the float model that the run starts from teaches its own
-            pruned or int8 version.
+            Folder or hub id of a float model. Without it, the float model teaches its own pruned or int8 version:
+            `hf-quant run` trains it first.
         hardness (`float`, *optional*, defaults to 0.5): weight of the teacher against the task, in (0, 1].
         temperature (`float`, *optional*, defaults to 2.0): by which logits are divided on both sides.
         hidden_states (`bool` or `dict[int, int]`, *optional*, defaults to `False`):

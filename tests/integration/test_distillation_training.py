@@ -19,9 +19,9 @@ from transformers import (
 )
 
 from hf_quant import DistillationCallback, PruningCallback, QATCallback
-from hf_quant.distillation import soft_target_loss
-from hf_quant.distillation_hook import divides_by_count, shifts_labels
-from hf_quant.teacher import self_teacher
+from hf_quant.distillation.hook import divides_by_count, shifts_labels
+from hf_quant.distillation.losses import soft_target_loss
+from hf_quant.distillation.teacher import self_teacher
 from tests import zoo
 from tests.distilled import Rows, losses, saved, train
 from tests.tiny import logits, make_trainer, tiny_bert, tiny_gpt2, tiny_llama

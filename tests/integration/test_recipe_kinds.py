@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from hf_quant import Recipe, compare, load_quantized, perplexity
+from hf_quant.evaluation.evaluator import task_evaluator
 from hf_quant.evaluation.report import Comparison
 from hf_quant.evaluation.sweep_report import Sweep
 from hf_quant.evaluation.tasks import Task
@@ -31,7 +32,7 @@ from hf_quant.runtime.base import quantized_modules
 from hf_quant.runtime.packed import PackedLinear
 from tests.kinds import NAMES, kind_recipe, tagged_rows, write_kind
 from tests.reviews import WORDS, read_recipe, write_files, write_rows
-from tests.tiny import tiny_tokenizer
+from tests.tiny import tiny_bert, tiny_tokenizer
 
 
 def record() -> Console:
@@ -45,6 +46,7 @@ def carry_out(folder: Path, kind: str, **changes: Any) -> tuple[RunResult, str, 
     return run(recipe, console=console), console.export_text(), recipe
 
 
+TAGS = Task("tags", ("words",), "tags", problem_type="token_classification")
 LONGER = {"max_steps": 40, "eval_strategy": "steps", "eval_steps": 20, "logging_steps": 20}
 
 
@@ -79,9 +81,8 @@ def test_a_tagger_is_trained_made_int8_and_compared(tagged: tuple[RunResult, str
 def test_compare_takes_a_tagger_and_counts_what_the_model_says(tagged: tuple[RunResult, str, Recipe]) -> None:
     result, _, recipe = tagged
     assert result.float_model is not None
-    task = Task("tags", ("words",), "tags", problem_type="token_classification", metrics=("token_accuracy",))
     given: dict[str, Any] = {"data": recipe.data.validation, "latency_batch_size": None, "progress": False}
-    found = compare(str(result.float_model), str(result.int8_model), task=task, resamples=200, **given)
+    found = compare(str(result.float_model), str(result.int8_model), task=TAGS, resamples=200, **given)
     model = AutoModelForTokenClassification.from_pretrained(result.float_model).eval()
     right = total = 0
     for row in tagged_rows(24, seed=1):
@@ -175,6 +176,30 @@ def test_tags_of_the_validation_data_that_were_never_trained_are_refused(tmp_pat
 def test_compare_points_language_models_to_their_own_report() -> None:
     with pytest.raises(ValueError, match=r"call hf_quant\.compare_perplexity"):
         compare("a", "b", task=Task("texts", ("text",), problem_type="causal_lm"), data="x.csv")
+
+
+def test_schemes_are_not_compared_on_tags() -> None:
+    with pytest.raises(ValueError, match=r"is of token_classification; several schemes .* Measure one model with"):
+        task_evaluator(tiny_bert(), task=TAGS, data="x.jsonl", processing_class=tiny_tokenizer())
+
+
+def test_a_finished_model_goes_to_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[tuple[str, Any, Any]] = []
+
+    class Hub:
+        def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> None:
+            done.append((repo_id, private, exist_ok))
+
+        def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
+            assert (folder_path / "recipe.yaml").is_file(), "it is finished"
+            done.append((repo_id, folder_path, commit_message))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    recipe = read_recipe(write_files(tmp_path), training={"max_steps": 2}, hub={"repo_id": "me/reviews"})
+    console = record()
+    result = run(recipe, console=console)
+    assert done == [("me/reviews", True, True), ("me/reviews", result.int8_model, "hf_quant: int8 model")]
+    assert "to me/reviews" in console.export_text()
 
 
 def test_without_quantization_the_model_stays_in_float(tmp_path: Path) -> None:

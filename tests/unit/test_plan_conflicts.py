@@ -168,6 +168,12 @@ def test_a_recipe_without_conflicts_has_no_findings(folder: Path) -> None:
             r"`save_steps` is 20, but training has 8 steps: a checkpoint is saved at the end only",
         ),
         (
+            {"training": {"auto_find_batch_size": True}},
+            "note",
+            "auto_find_batch_size",
+            r"makes batches smaller than 8 where memory is short, and then there are more steps than the 8 planned",
+        ),
+        (
             {"training": {"logging_steps": 20}},
             "warning",
             "logging_steps",

@@ -78,7 +78,7 @@ WORDS = (
         "...\n",
     ),
     *("'", '"', "{", "}", "[", "]", ":", ": ", "#", "%", "@", "`", "|\n", ">-\n", "\t", "\r", "\n", "\0", "\x1b[31m"),
-    *("é", "\u2028", "\ufeff", "😀", '"\\uD800"', '"\\UFFFFFFFF"', "[" * 50, "{a: " * 50, "extends: ", "\x85", ""),
+    *("é", "\u2028", "\ufeff", "😀", '"\\uD800"', '"\\UFFFFFFFF"', "[" * 900, "{a: " * 50, "extends: ", "\x85", ""),
 )
 KEYS = (
     "model",
@@ -216,7 +216,7 @@ def fuzz(examples: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
 
 
 @given(RECIPES, SETTINGS)
-@fuzz(150)
+@fuzz(80)
 def test_no_mutation_ends_in_anything_but_a_recipe_error(
     tmp_path: Path, validator: Any, recipe: tuple[str, str], overrides: dict[str, str]
 ) -> None:
@@ -247,7 +247,7 @@ def command_line(
 
 
 @given(RECIPES, SETTINGS)
-@fuzz(60)
+@fuzz(30)
 def test_no_traceback_reaches_the_user(
     command_line: Callable[..., int], recipe: tuple[str, str], overrides: dict[str, str]
 ) -> None:

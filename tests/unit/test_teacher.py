@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_quant import quantize_dynamic, teacher_cache
-from hf_quant.teacher import Teacher, check_teacher, load_teacher, self_teacher
-from hf_quant.teacher_cache import TeacherCache, cached_outputs, row_keys
+from hf_quant import quantize_dynamic
+from hf_quant.distillation import cache as teacher_cache
+from hf_quant.distillation.cache import TeacherCache, cached_outputs, row_keys
+from hf_quant.distillation.teacher import Teacher, check_teacher, load_teacher, self_teacher
 from tests.tiny import Sentences, tiny_bert, tiny_llama, tiny_tokenizer
 
 IDENTITY = {"class": "A", "weights": "1"}

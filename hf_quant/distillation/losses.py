@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .quantization.masks import batch_masks, mask_for
+from ..quantization.masks import batch_masks, mask_for
 
 IGNORED = -100  # the label of a position that no loss of transformers counts
 _CHUNK, _DEVICE_CHUNK = 2**17, 2**26  # logits at a time

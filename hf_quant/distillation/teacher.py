@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .quantization.float_models import load_float
-from .quantization.qat import qat_modules
-from .texts import find_tokenizer
+from ..quantization.float_models import load_float
+from ..quantization.qat import qat_modules
+from ..texts import find_tokenizer
 
 # What says nothing about what the model computes, or what transformers writes into a config by itself.
 _IDLE_SETTINGS = ("_name_or_path", "transformers_version", "architectures", "problem_type", "use_cache", "dtype")

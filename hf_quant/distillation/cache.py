@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .distillation import QUESTION_OUTPUTS
-from .quantization.masks import batch_masks
+from ..quantization.masks import batch_masks
+from .losses import QUESTION_OUTPUTS
 from .teacher import Teacher
 
 _SAYS = "teacher.json"

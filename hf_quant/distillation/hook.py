@@ -15,9 +15,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.utils.generic import ModelOutput
 
-from .distillation import LayerMap, attention_loss, hidden_state_loss, layer_pairs, output_names, prediction_loss
+from .cache import TeacherCache, cached_outputs
+from .losses import LayerMap, attention_loss, hidden_state_loss, layer_pairs, output_names, prediction_loss
 from .teacher import Teacher, base_model
-from .teacher_cache import TeacherCache, cached_outputs
 
 
 class DistillationHook:

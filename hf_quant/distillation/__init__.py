@@ -1,0 +1,1 @@
+"""Knowledge distillation: losses, the hook that adds them, and teachers."""
