@@ -33,7 +33,12 @@ def _freeze_imports() -> None:
     gc.freeze()
 
 
+# Tiny tensors: more threads only cost, and results must not hang on the machine. Here, not in a fixture: fixtures of
+# modules come before those of tests.
+torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _one_thread_and_seed() -> None:
-    torch.set_num_threads(1)  # tiny tensors: more threads only cost, and results must not hang on the machine
+    torch.set_num_threads(1)
     torch.manual_seed(0)
