@@ -143,7 +143,7 @@ def make_plan(recipe: Recipe) -> Plan:
             raise ValueError(str(error)) from error
     prunings = {index: PruningCallback(**dataclasses.asdict(one)) for index, one in enumerate(recipe.pruning)}
     targets = find_targets(recipe, model, prunings)
-    phases = find_phases(recipe, steps.total, prunings, targets.pruners)
+    phases = find_phases(recipe, model, steps.total, prunings, targets.pruners)
     findings = [Finding("error", problem) for problem in targets.problems] + phases.findings
     findings += find_conflicts(recipe, args, steps, phases, prunings, targets.pruners)
     size: Size | None = None

@@ -99,7 +99,7 @@ class Timing:
 
     @property
     def total(self) -> float:
-        """Seconds of all training and evaluation; the comparison at the end is not in it."""
+        """Seconds of all training and evaluation; loading, conversion and the comparison are not in it."""
         trained = sum(phase.seconds for phase in self.phases) + self.float_seconds
         return trained + self.evaluations * self.evaluation_seconds
 
@@ -263,14 +263,13 @@ class _Driver(TrainerCallback):
     def __init__(self, steps: list[_Step]) -> None:
         self.steps = steps
         self.place = 0
-        self.begun = self.stepping = 0.0
+        self.begun = self.stepping = _now()
         self.times: list[tuple[_Step, float, float]] = []  # whole step, and from the optimizer on
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         state.global_step = self.steps[self.place].number
-        self.begun = _now()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -286,6 +285,7 @@ class _Driver(TrainerCallback):
         if self.place == len(self.steps):
             raise _Finished
         control.should_training_stop = False
+        self.begun = _now()  # a step begins with fetching its rows
 
     def plain(self, phase: int) -> float:
         """Seconds of a step of a phase; of one with an update of masks where all have one."""

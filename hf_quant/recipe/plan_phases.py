@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
+
+from torch import nn
 
 from ..callbacks.base import resolve_step
 from ..callbacks.distillation import DistillationCallback
@@ -94,12 +98,17 @@ class Phases:
 
 
 def find_phases(
-    recipe: Recipe, total: int, prunings: Mapping[int, PruningCallback], pruners: Mapping[int, Pruner]
+    recipe: Recipe,
+    model: nn.Module,
+    total: int,
+    prunings: Mapping[int, PruningCallback],
+    pruners: Mapping[int, Pruner],
 ) -> Phases:
     """The phases of a recipe by the rules of its callbacks.
 
     Args:
         recipe ([`Recipe`]): the recipe.
+        model (`torch.nn.Module`): its model; the meta device will do.
         total (`int`): all optimizer steps.
         prunings (`dict[int, PruningCallback]`): new ones of its pruning sections, by number.
         pruners (`dict[int, Pruner]`): what they prune; one may be missing.
@@ -115,11 +124,14 @@ def find_phases(
     if recipe.distillation is not None:
         wanted = recipe.distillation
         try:
-            steps = {"start_step": wanted.start_step, "end_step": wanted.end_step}
-            start, end = DistillationCallback(**steps).check_steps(total)  # type: ignore[arg-type]
+            distillation = DistillationCallback(**dataclasses.asdict(wanted))
+            start, end = distillation.check_steps(total)
+            if wanted.teacher is None:  # another one would have to be loaded
+                distillation.check(model)
             phases.distillation = DistillationPhase(start, min(end, total), wanted.teacher)
         except ValueError as error:
-            _error(recipe, phases, ("distillation", "start_step"), error)
+            named = [key for key in re.findall(r"`(\w+)`", str(error)) if hasattr(wanted, key)]
+            _error(recipe, phases, ("distillation", *(named[:1] or ["start_step"])), error)
     if recipe.quantization is not None:
         quantization = recipe.quantization
         static = get_scheme(quantization.scheme).activations == "static"

@@ -138,7 +138,10 @@ def timing_rows(plan: Plan) -> list[tuple[str, str]]:
         rows.append(("float twin", duration(timing.float_seconds)))
     return [
         *rows,
-        ("together, about", f"{duration(timing.total)} ({timing.device}); the final comparison not counted"),
+        (
+            "together, about",
+            f"{duration(timing.total)} ({timing.device}); loading, conversion and the comparison not counted",
+        ),
     ]
 
 

@@ -66,6 +66,12 @@ def test_a_recipe_without_conflicts_has_no_findings(folder: Path) -> None:
             r"`distillation`: `start_step` \(8, step 8\) is not before the end of training",
         ),
         (
+            {"distillation": {"attention": True}},
+            "error",
+            "attention",
+            r"`distillation`: `attention` needs attention probabilities, which the model's attention 'sdpa' does not",
+        ),
+        (
             {"pruning": {**PRUNE, "end_step": 7}, "quantization": {"freeze_step": 6}},
             "error",
             "end_step",
