@@ -251,11 +251,7 @@ def test_only_movement_lets_weights_return(tmp_path, criterion, returns):
     callback = PruningCallback(0.5, start_step=1, end_step=7, frequency=1, criterion=criterion)
     trainer = make_trainer(tmp_path, callbacks=[callback, Watch()], changes={"learning_rate": 0.02})
     trainer.train()
-    back = [
-        int((before[name] & ~after[name]).sum())
-        for before, after in itertools.pairwise(seen)
-        for name in before
-    ]
+    back = [int((before[name] & ~after[name]).sum()) for before, after in itertools.pairwise(seen) for name in before]
     assert (sum(back) > 0) is returns
     assert all(torch.equal(seen[6][name], seen[7][name]) for name in seen[6])
 
