@@ -155,7 +155,7 @@ class PruningCallback(TrainerCallback):
         Raises:
             `ValueError`: as the Trainer would on being made.
         """
-        self._plan(model).release()
+        self.pruner_for(model).release()
 
     def check_steps(self, max_steps: int) -> None:
         """Refuse a number of optimizer steps in which the schedule would not come to its end.
@@ -210,6 +210,8 @@ class PruningCallback(TrainerCallback):
         pruner = self._pruner
         assert pruner is not None
         pruner.bind()
+        if self.settings.shrink:
+            check_shape(model, pruner, self.settings)  # again: QAT has come since, with groups of its own
         key = f"{self.settings.structure.name} {pruner.names[0]} +{len(pruner.names) - 1}"
         check_owner(self, pruner, state)
         check_trainable(pruner, self.settings)
@@ -335,9 +337,10 @@ class PruningCallback(TrainerCallback):
 
     def _prepare(self, model: nn.Module) -> None:
         if self._pruner is None or self._pruner.model is not model:
-            self._pruner = self._plan(model)
+            self._pruner = self.pruner_for(model)
 
-    def _plan(self, model: nn.Module) -> Pruner:
+    def pruner_for(self, model: nn.Module) -> Pruner:
+        """A new pruner of a model, which gets the criterion's buffers."""
         if quantized_modules(model):
             raise RuntimeError(
                 f"this {type(model).__name__} is int8 already; its weights cannot be pruned. Start from a float model."

@@ -33,11 +33,11 @@ def plan(
     require_new([html, json], overwrite)
     parsed = Recipe.from_yaml(recipe, parse_settings(settings or ()))
     quiet()
-    from ..recipe.plan import make_plan
+    from ..planning.plan import make_plan
 
     made = make_plan(parsed)
     if measured and not made.has_errors:
-        from ..recipe.plan_measure import measure
+        from ..planning.measure import measure
 
         made = dataclasses.replace(made, timing=measure(made))
     if html is not None:

@@ -64,7 +64,7 @@ def prepare(recipe: Recipe) -> Prepared:
     from ..targets import select_modules
     from ..texts import find_tokenizer, length_limit
 
-    problems = _check_folders(recipe)
+    problems = check_folders(recipe)
     task = recipe.to_task()
     rows: dict[str, Dataset] = {}
     precision = ""
@@ -79,24 +79,24 @@ def prepare(recipe: Recipe) -> Prepared:
     if problems:
         raise RecipeError(problems)
 
-    with _at(recipe, ("model",)):
+    with at(recipe, ("model",)):
         config, task = load_config(recipe, task, rows)
         tokenizer = find_tokenizer(None, [recipe.model])
         model, new_weights = load_model(recipe, task, config)
         require_unquantized(model)
     if (wanted := recipe.quantization) is not None:
-        with _at(recipe, ("quantization",)):
+        with at(recipe, ("quantization",)):
             scheme = get_scheme(wanted.scheme)
             select_modules(model, wanted.targets, wanted.ignore, wanted.embeddings, scheme)
     callbacks: list[Any] = recipe.callbacks()
     places: list[KeyPath] = [("pruning", index) for index in range(len(recipe.pruning))]
     for place, callback in zip(places if len(places) > 1 else [("pruning",)] * len(places), callbacks, strict=False):
-        with _at(recipe, place):
+        with at(recipe, place):
             callback.check(model)
     if recipe.distillation is not None:
-        with _at(recipe, ("distillation",)):
+        with at(recipe, ("distillation",)):
             callbacks[len(places)].check(model, tokenizer)
-    with _at(recipe, ("data", "max_length")):
+    with at(recipe, ("data", "max_length")):
         if task.problem_type == CAUSAL:
             window = recipe.data.max_length or default_length(tokenizer, model)
             check_length(model, window)
@@ -140,7 +140,7 @@ def load_model(recipe: Recipe, task: Task, config: PretrainedConfig) -> tuple[Pr
     return model, new
 
 
-def _check_folders(recipe: Recipe) -> list[Problem]:
+def check_folders(recipe: Recipe) -> list[Problem]:
     """Problems of the folders that `model` and `baseline` name."""
     problems = []
     model, baseline = recipe.model, recipe.evaluation.baseline
@@ -161,7 +161,7 @@ def _no_model(path: str) -> str:
 
 
 @contextlib.contextmanager
-def _at(recipe: Recipe, place: KeyPath) -> Iterator[None]:
+def at(recipe: Recipe, place: KeyPath) -> Iterator[None]:
     """Gives what other modules raise the place in the recipe that it is about."""
     try:
         yield

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import Trainer
 
 from hf_quant.callbacks.pruning import PruningCallback
+from hf_quant.planning.measure import measure
+from hf_quant.planning.plan import make_plan
 from hf_quant.quantization.qat import qat_modules
-from hf_quant.recipe.plan import make_plan
-from hf_quant.recipe.plan_measure import measure
 from hf_quant.recipe.progress import TrainingProgress
 from hf_quant.recipe.run import run
 from hf_quant.recipe.schema import Recipe

@@ -182,6 +182,15 @@ def test_all_heads_of_a_layer(tmp_path) -> None:
         make_trainer(tmp_path, callbacks=[PruningCallback(0.8, structure="head")])
 
 
+def test_a_width_that_the_groups_of_a_scheme_do_not_divide(tmp_path) -> None:
+    pruning = PruningCallback(0.25, structure="neuron", uniform=True, shrink=True)
+    callbacks = [pruning, QATCallback("int4_weight_only")]
+    trainer = make_trainer(tmp_path, tiny_bert(intermediate_size=64), callbacks)
+    with pytest.raises(ValueError, match="group"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
 def test_qat_and_pruning_messages_do_not_depend_on_order(tmp_path) -> None:
     for callbacks in ([PruningCallback(0.5), QATCallback()], [QATCallback(), PruningCallback(0.5)]):
         trainer = make_trainer(tmp_path, tiny_bert(), callbacks)

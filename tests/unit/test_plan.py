@@ -18,11 +18,11 @@ from rich.console import Console
 from transformers import Trainer
 
 from hf_quant import cli
-from hf_quant.recipe.plan import Plan, make_plan
-from hf_quant.recipe.plan_measure import measure, phase_segments
-from hf_quant.recipe.plan_page import LEFT, RIGHT, timeline_plot
-from hf_quant.recipe.plan_targets import build_model
-from hf_quant.recipe.plan_text import CELLS, timeline_rows
+from hf_quant.planning.measure import measure, phase_segments
+from hf_quant.planning.page import LEFT, RIGHT, timeline_plot
+from hf_quant.planning.plan import Plan, make_plan
+from hf_quant.planning.targets import build_model
+from hf_quant.planning.text import CELLS, timeline_rows
 
 from ..reviews import read_recipe, write_files, write_recipe
 from ..tiny import folder_bytes
@@ -100,7 +100,7 @@ def test_only_units_need_a_model_that_runs(folder: Path, monkeypatch: pytest.Mon
         made.append(build_model(*args))
         return made[-1]
 
-    monkeypatch.setattr("hf_quant.recipe.plan.build_model", spy)
+    monkeypatch.setattr("hf_quant.planning.plan.build_model", spy)
     make_plan(read_recipe(folder, **FULL))
     assert {parameter.device.type for parameter in made[0].parameters()} == {"meta"}
     make_plan(read_recipe(folder, pruning={**PRUNE, "structure": "head", "scope": "layer"}))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import BertConfig, BertModel
 
-from hf_quant.recipe.plan import make_plan
+from hf_quant.planning.plan import make_plan
 from hf_quant.recipe.source import RecipeError
 
 from ..reviews import SIZES, read_recipe, write_files

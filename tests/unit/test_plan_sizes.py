@@ -13,10 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_quant.pruning.criteria import get_criterion
-from hf_quant.pruning.pruner import Pruner
-from hf_quant.pruning.structures import get_structure
-from hf_quant.recipe.plan_sizes import (
+from hf_quant.planning.sizes import (
     file_bytes,
     optimizer_bytes,
     predicted_sparsity,
@@ -24,6 +21,9 @@ from hf_quant.recipe.plan_sizes import (
     stored_tensors,
     training_memory,
 )
+from hf_quant.pruning.criteria import get_criterion
+from hf_quant.pruning.pruner import Pruner
+from hf_quant.pruning.structures import get_structure
 from hf_quant.schemes import get_scheme
 from hf_quant.targets import select_modules
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import Trainer, TrainerCallback
 
-from hf_quant.recipe.plan_steps import count_steps, learning_rates
+from hf_quant.planning.steps import count_steps, learning_rates
 
 from ..tiny import Sentences, make_trainer, tiny_tokenizer, training_arguments
 

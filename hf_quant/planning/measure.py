@@ -27,15 +27,15 @@ from transformers import (
     TrainingArguments,
 )
 
-from .prepare import prepare
-from .training import training_arguments
+from ..recipe.prepare import prepare
+from ..recipe.training import training_arguments
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from ..recipe.prepare import Prepared
+    from ..recipe.schema import Recipe
     from .plan import Plan
-    from .prepare import Prepared
-    from .schema import Recipe
 
 _PLAIN, _UPDATES = 4, 2  # steps measured in each phase: without and with an update of masks; one more to warm up
 _EVALUATED = 128  # rows

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from . import plan_wording as w
+from . import wording as w
 
 if TYPE_CHECKING:
     from .plan import Plan

@@ -11,13 +11,13 @@ from transformers.trainer_utils import IntervalStrategy
 from ..callbacks.base import resolve_step
 from ..callbacks.pruning import PruningCallback
 from ..pruning.pruner import Pruner
-from .plan_phases import Finding, Level, Phases, PruningPhase
-from .plan_steps import Steps, learning_rates
-from .plan_targets import pruning_place
-from .source import KeyPath
+from ..recipe.source import KeyPath
+from .phases import Finding, Level, Phases, PruningPhase
+from .steps import Steps, learning_rates
+from .targets import pruning_place
 
 if TYPE_CHECKING:
-    from .schema import Recipe
+    from ..recipe.schema import Recipe
 
 _TOLERANCE = 0.01  # of sparsity: what rounding to whole units may cost without a word
 _SAMPLES = 200  # learning rates looked at in a phase

@@ -15,14 +15,14 @@ from ..callbacks.base import resolve_step
 from ..callbacks.distillation import DistillationCallback
 from ..callbacks.pruning import PruningCallback
 from ..pruning.pruner import Pruner
+from ..recipe.source import KeyPath, Problem
+from ..recipe.values import dotted
 from ..schemes import get_scheme
-from .plan_sizes import predicted_sparsity
-from .plan_targets import pruning_place
-from .source import KeyPath, Problem
-from .values import dotted
+from .sizes import predicted_sparsity
+from .targets import pruning_place
 
 if TYPE_CHECKING:
-    from .schema import Recipe
+    from ..recipe.schema import Recipe
 
 Level = Literal["error", "warning", "note"]
 

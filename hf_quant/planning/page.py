@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..evaluation.html import STYLE, html_cells, html_row, html_table
 from ..evaluation.plots import svg, svg_text, ticks
 from ..evaluation.sweep_report import page
-from . import plan_wording as w
+from . import wording as w
 
 if TYPE_CHECKING:
     from .plan import Plan

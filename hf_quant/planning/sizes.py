@@ -19,7 +19,7 @@ from ..runtime.modules import Int8Embedding, Int8Linear
 from ..runtime.packed import PackedLinear
 from ..schemes import Scheme
 from ..targets import Selection, is_transposed
-from .plan_targets import kept_units
+from .targets import kept_units
 
 # safetensors sorts tensors by dtype, these last ones first, then by name.
 _DTYPES = {

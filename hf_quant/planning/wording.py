@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .phases import PruningPhase
     from .plan import Plan
-    from .plan_phases import PruningPhase
-    from .plan_targets import Chosen, Match
+    from .targets import Chosen, Match
 
 _NAMES = 3  # modules named where a pattern matches more
 

@@ -16,13 +16,16 @@ from ..checkpoint import architecture
 from ..evaluation.tasks import CAUSAL, CLASSIFICATION, REGRESSION
 from ..evaluation.windows import check_length, default_length
 from ..pruning.structures import get_structure
+from ..recipe.data import load_labels, load_rows
+from ..recipe.data_kinds import auto_class, load_config, trainer_data
+from ..recipe.prepare import at, check_folders
+from ..recipe.source import RecipeError
+from ..recipe.training import training_arguments
 from ..schemes import get_scheme
 from ..texts import find_tokenizer, length_limit
-from .data import load_labels, load_rows
-from .data_kinds import auto_class, load_config, trainer_data
-from .plan_conflicts import find_conflicts
-from .plan_phases import Finding, Phases, find_phases
-from .plan_sizes import (
+from .conflicts import find_conflicts
+from .phases import Finding, Phases, find_phases
+from .sizes import (
     Memory,
     Size,
     count_zeros,
@@ -31,17 +34,14 @@ from .plan_sizes import (
     stored_tensors,
     training_memory,
 )
-from .plan_steps import Steps, count_steps, learning_rates
-from .plan_targets import Chosen, Match, Targets, build_model, find_targets
-from .prepare import _at, _check_folders
-from .source import RecipeError
-from .training import training_arguments
+from .steps import Steps, count_steps, learning_rates
+from .targets import Chosen, Match, Targets, build_model, find_targets
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from .plan_measure import Timing
-    from .schema import Recipe
+    from ..recipe.schema import Recipe
+    from .measure import Timing
 
 _POINTS = 240  # of the learning rate, for the picture
 
@@ -108,12 +108,12 @@ class Plan:
 
     def to_html(self, path: str | Path) -> None:
         """Write the plan as one page with a picture of its timeline."""
-        from .plan_page import plan_page
+        from .page import plan_page
 
         Path(path).write_text(plan_page(self), encoding="utf-8")
 
     def __rich__(self) -> RenderableType:
-        from .plan_text import plan_text
+        from .text import plan_text
 
         return plan_text(self)
 
@@ -133,7 +133,7 @@ def make_plan(recipe: Recipe) -> Plan:
         [`RecipeError`]: if a file, column, label or model is not as the recipe says, so that there is nothing to plan.
     """
     args, precision, examples, model = _read(recipe)
-    with _at(recipe, ("training",)):
+    with at(recipe, ("training",)):
         steps = count_steps(args, examples)
         peak = min(steps.warmup, steps.total - 1)
         points = sorted({peak, *(step * (steps.total - 1) // _POINTS for step in range(_POINTS + 1))})
@@ -173,7 +173,7 @@ def make_plan(recipe: Recipe) -> Plan:
 
 def _read(recipe: Recipe) -> tuple[TrainingArguments, str, int, PreTrainedModel]:
     """The training's arguments, its precision, how many examples it has, and the model without its weights."""
-    problems = _check_folders(recipe)
+    problems = check_folders(recipe)
     task = recipe.to_task()
     try:
         args, precision = training_arguments(recipe.training, recipe.output, recipe.seed, recipe.source)
@@ -185,7 +185,7 @@ def _read(recipe: Recipe) -> tuple[TrainingArguments, str, int, PreTrainedModel]
         problems += error.problems
     if problems:
         raise RecipeError(problems)
-    with _at(recipe, ("model",)):
+    with at(recipe, ("model",)):
         config, task = load_config(recipe, task, rows)
         method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
         if method is not None:
@@ -193,7 +193,7 @@ def _read(recipe: Recipe) -> tuple[TrainingArguments, str, int, PreTrainedModel]
         tokenizer = find_tokenizer(None, [recipe.model])
         running = any(get_structure(one.structure).in_units for one in recipe.pruning)
         model = build_model(auto_class(task), config, running)
-    with _at(recipe, ("data", "max_length")):
+    with at(recipe, ("data", "max_length")):
         max_length = recipe.data.max_length
         if task.problem_type == CAUSAL:
             max_length = max_length or default_length(tokenizer, model)

@@ -13,16 +13,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..callbacks.pruning import PruningCallback
-from ..callbacks.pruning_checks import check_shape
 from ..pruning.masks import UnitMasks
 from ..pruning.pruner import Pruner
+from ..recipe.source import KeyPath, Problem
+from ..recipe.values import dotted
 from ..schemes import get_scheme
 from ..targets import Selection, matches, require_matches, select_modules
-from .source import KeyPath, Problem
-from .values import dotted
 
 if TYPE_CHECKING:
-    from .schema import Recipe
+    from ..recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
@@ -178,18 +177,8 @@ def _choose_pruned(
 ) -> None:
     place, wanted = pruning_place(recipe, index), callback.settings
     try:
-        pruner = Pruner(
-            found.model,
-            wanted.structure,
-            wanted.criterion,
-            wanted.effective_scope,
-            wanted.goal,
-            callback.targets,
-            callback.ignore,
-        )
+        pruner = callback.pruner_for(found.model)
         pruner.release()
-        if wanted.shrink:
-            check_shape(found.model, pruner, wanted)
     except ValueError as error:
         found.problems.append(_problem(recipe, place, error))
         return
