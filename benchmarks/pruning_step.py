@@ -2,7 +2,8 @@
 
 MiniLM shape (6 layers, hidden 384), batch 32 x 64 with a third of the positions padding, AdamW, float32. The Linear
 weights of the encoder, 10.6 million, are pruned. "inactive" is a callback before its `start_step`; the rest is what it
-does between two updates of the masks. An update is timed beside one forward of the same batch in eval mode.
+does between two updates of the masks. Updates, from 59 % to 79 % of zeros, are timed beside one forward of the same
+batch in eval mode.
 
     python benchmarks/pruning_step.py [--rounds 20]
 """
@@ -76,11 +77,19 @@ def main() -> None:
         with torch.no_grad():
             runs["plain"].model.eval()(**runs["plain"].inputs)
 
+    def update_of(run: Run) -> Callable[[], None]:
+        run.state.global_step = 299
+
+        def update() -> None:
+            run.event("on_optimizer_step")
+            run.state.global_step += 20  # the next one prunes more, as in training
+
+        return update
+
     updates: dict[str, Callable[[], None]] = {"one forward": forward}
     for name in CRITERIA:
-        runs[name].state.global_step = 299
-        updates[f"update by {name}"] = lambda run=runs[name]: run.event("on_optimizer_step")
-    results["update"] = summarize(interleave(updates, max(5, arguments.rounds // 2)), "one forward")
+        updates[f"update by {name}"] = update_of(runs[name])
+    results["update"] = summarize(interleave(updates, min(10, arguments.rounds)), "one forward")
     show("Update of the masks", results["update"])
     memory = {name: runs[name].callback.memory for name in CRITERIA}  # type: ignore[union-attr]
     write("pruning_step", {"batch": [BATCH, LENGTH], "steps": results, "kept_bytes": memory})
