@@ -49,6 +49,13 @@ def before_conversion(state: TrainerState) -> list[Callable[[], None]]:
     return finishers
 
 
+def add_to_logs(logs: dict[str, Any], extra: dict[str, float], state: TrainerState) -> None:
+    """Add values to what reporters get, and to the history, which has its own copy by now."""
+    logs.update(extra)
+    if state.log_history:
+        state.log_history[-1].update(extra)
+
+
 def join_trainer(trainer: Any, callback: Any, prepare: Callable[[nn.Module], None]) -> None:
     """Add a callback to a Trainer that exists already, as if it had been there from the start.
 

@@ -16,7 +16,7 @@ from ..distillation.losses import checked_layers
 from ..distillation.teacher import Teacher, check_teacher, load_teacher, require_attention, self_teacher
 from ..quantization.float_models import require_unquantized
 from ..runtime.base import quantized_modules
-from .base import before_conversion, check_step, join_trainer, resolve_step, run_notes
+from .base import add_to_logs, before_conversion, check_step, join_trainer, resolve_step, run_notes
 
 _RECORD = "hf_quant.distillation"
 
@@ -252,10 +252,7 @@ class DistillationCallback(TrainerCallback):
         averages = self._hook.averages(args.world_size if args.average_tokens_across_devices else 1)
         if averages is None:
             return
-        extra = {"distillation_loss": averages[0], "task_loss": averages[1]}
-        logs.update(extra)
-        if state.log_history:
-            state.log_history[-1].update(extra)
+        add_to_logs(logs, {"distillation_loss": averages[0], "task_loss": averages[1]}, state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -17,7 +17,7 @@ from ..pruning.schedules import Timeline
 from ..pruning.settings import Goal, Pairs, PruningSettings, Step
 from ..pruning.shrink import shrink
 from ..runtime.base import quantized_modules
-from .base import before_conversion, check_step, join_trainer, resolve_step
+from .base import add_to_logs, before_conversion, check_step, join_trainer, resolve_step
 from .pruning_checks import announcement, check_begun, check_owner, check_resumed, check_shape, check_trainable
 
 logger = logging.getLogger(__name__)
@@ -287,9 +287,7 @@ class PruningCallback(TrainerCallback):
             extra[f"{prefix}sparsity_goal"] = round(self._pruner.total(goals), 5)
         if self.log_modules:
             extra |= {f"{prefix}sparsity/{name}": round(x, 5) for name, x in self._pruner.sparsities().items()}
-        logs.update(extra)
-        if state.log_history:
-            state.log_history[-1].update(extra)
+        add_to_logs(logs, extra, state)
 
     def on_train_end(
         self,

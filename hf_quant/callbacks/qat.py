@@ -20,7 +20,7 @@ from ..runtime.base import quantized_modules
 from ..schemes import Scheme, get_scheme
 from ..tables import conversion_table, print_table, selection_line
 from ..targets import Selection, select_modules
-from .base import before_conversion, check_step, join_trainer, resolve_step
+from .base import add_to_logs, before_conversion, check_step, join_trainer, resolve_step
 
 logger = logging.getLogger(__name__)
 
@@ -203,9 +203,7 @@ class QATCallback(TrainerCallback):
             if observers:
                 extra["qat_range_min"] = round(min(float(observer.min_val) for observer in observers), 4)
                 extra["qat_range_max"] = round(max(float(observer.max_val) for observer in observers), 4)
-        logs.update(extra)
-        if state.log_history:
-            state.log_history[-1].update(extra)
+        add_to_logs(logs, extra, state)
 
     def on_train_end(
         self,

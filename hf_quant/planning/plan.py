@@ -16,11 +16,9 @@ from ..checkpoint import architecture
 from ..evaluation.tasks import CAUSAL, CLASSIFICATION, REGRESSION
 from ..evaluation.windows import check_length, default_length
 from ..pruning.structures import get_structure
-from ..recipe.data import load_labels, load_rows
+from ..recipe.data import load_labels
 from ..recipe.data_kinds import auto_class, load_config, trainer_data
-from ..recipe.prepare import at, check_folders
-from ..recipe.source import RecipeError
-from ..recipe.training import training_arguments
+from ..recipe.prepare import at, read_files
 from ..schemes import get_scheme
 from ..texts import find_tokenizer, length_limit
 from .conflicts import find_conflicts
@@ -173,18 +171,8 @@ def make_plan(recipe: Recipe) -> Plan:
 
 def _read(recipe: Recipe) -> tuple[TrainingArguments, str, int, PreTrainedModel]:
     """The training's arguments, its precision, how many examples it has, and the model without its weights."""
-    problems = check_folders(recipe)
     task = recipe.to_task()
-    try:
-        args, precision = training_arguments(recipe.training, recipe.output, recipe.seed, recipe.source)
-    except RecipeError as error:
-        problems += error.problems
-    try:
-        rows = load_rows(recipe, task)
-    except RecipeError as error:
-        problems += error.problems
-    if problems:
-        raise RecipeError(problems)
+    args, precision, rows = read_files(recipe, task)
     with at(recipe, ("model",)):
         config, task = load_config(recipe, task, rows)
         method = (getattr(config, "quantization_config", None) or {}).get("quant_method")

@@ -16,7 +16,7 @@ from .values import dotted, nearest
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
     from ..evaluation.tasks import Task
     from .schema import Recipe
@@ -64,21 +64,8 @@ def prepare(recipe: Recipe) -> Prepared:
     from ..targets import select_modules
     from ..texts import find_tokenizer, length_limit
 
-    problems = check_folders(recipe)
     task = recipe.to_task()
-    rows: dict[str, Dataset] = {}
-    precision = ""
-    try:
-        _, precision = training_arguments(recipe.training, recipe.output, recipe.seed, recipe.source)
-    except RecipeError as error:
-        problems += error.problems
-    try:
-        rows = load_rows(recipe, task)
-    except RecipeError as error:
-        problems += error.problems
-    if problems:
-        raise RecipeError(problems)
-
+    _, precision, rows = read_files(recipe, task)
     with at(recipe, ("model",)):
         config, task = load_config(recipe, task, rows)
         tokenizer = find_tokenizer(None, [recipe.model])
@@ -138,6 +125,26 @@ def load_model(recipe: Recipe, task: Task, config: PretrainedConfig) -> tuple[Pr
             "checkpoint of that model. Give one that was pretrained"
         )
     return model, new
+
+
+def read_files(recipe: Recipe, task: Task) -> tuple[TrainingArguments, str, dict[str, Dataset]]:
+    """The arguments of the training, its precision in words, and the rows of the data.
+
+    Raises:
+        [`RecipeError`]: with what is wrong in folders, arguments and files, all at once.
+    """
+    problems = check_folders(recipe)
+    try:
+        args, precision = training_arguments(recipe.training, recipe.output, recipe.seed, recipe.source)
+    except RecipeError as error:
+        problems += error.problems
+    try:
+        rows = load_rows(recipe, task)
+    except RecipeError as error:
+        problems += error.problems
+    if problems:
+        raise RecipeError(problems)
+    return args, precision, rows
 
 
 def check_folders(recipe: Recipe) -> list[Problem]:
