@@ -15,14 +15,15 @@ SchedulePoint = tuple[int, float, float]
 _BOTTOM = 250.0
 _TOP = 14.0
 _STYLE = """
-.hfq svg .goal { fill:none; stroke:var(--int8); stroke-width:2; stroke-linejoin:round; }
-.hfq .legend .line { width:18px; height:2px; border-radius:0; vertical-align:middle; }
-.hfq .legend .dot { border-radius:50%; }
+.hfq svg .goal { fill:none; stroke:var(--int8); stroke-width:8; stroke-linejoin:round; opacity:.45; }
+.hfq svg .reached { stroke:none; }
+.hfq .legend .line { width:18px; height:8px; border-radius:0; opacity:.45; }
+.hfq .legend .dot { width:7px; height:7px; border-radius:50%; }
 """
 
 
 def schedule_plot(points: Sequence[SchedulePoint]) -> str:
-    """Inline SVG: the goal as a line, what was reached as dots, over optimizer steps.
+    """Inline SVG: the goal as a broad line, what was reached as dots on it, over optimizer steps.
 
     Args:
         points (list of `tuple[int, float, float]`): step, goal and reached sparsity as shares in [0, 1], in any order;
@@ -51,16 +52,18 @@ def schedule_plot(points: Sequence[SchedulePoint]) -> str:
         parts.append(f'<line class="{kind}" x1="{NARROW_LEFT}" x2="{RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(svg_text(NARROW_LEFT - 10, y, f"{tick:g} %", "tick", "end"))
     for tick in ticks(first, last):
-        if tick == int(tick):
-            parts.append(svg_text(across(tick), _BOTTOM + 18, f"{tick:.0f}", "tick", "middle"))
-    parts.append(svg_text(RIGHT + 20, _BOTTOM + 18, "steps", "tick"))
-    line = " ".join(f"{across(step):.1f},{down(goal):.1f}" for step, goal, _ in ordered if math.isfinite(goal))
+        if tick == int(tick) and tick <= ordered[-1][0]:
+            parts.append(svg_text(across(tick), _BOTTOM + 18, f"{tick:,.0f}", "tick", "middle"))
+    parts.append(svg_text(RIGHT + 38, _BOTTOM + 18, "steps", "tick"))
+    goals = [(step, goal) for step, goal, _ in ordered if math.isfinite(goal)]
+    goals += [(last, goal) for _, goal in goals if first == ordered[-1][0]]  # of one step: it holds from there on
+    line = " ".join(f"{across(step):.1f},{down(goal):.1f}" for step, goal in goals)
     parts.append(f'<polyline class="goal" points="{line}"/>')
-    radius = 4 if len(ordered) <= 60 else 2.5
+    radius = 3.5 if len(ordered) <= 60 else 1.5
     for step, goal, reached in ordered:
         if math.isfinite(reached):
             hint = f"step {step}: {_percent(reached)} reached, {_percent(goal)} wanted"
-            dot = f'<circle cx="{across(step):.1f}" cy="{down(reached):.1f}" r="{radius}"/>'
+            dot = f'<circle class="reached" cx="{across(step):.1f}" cy="{down(reached):.1f}" r="{radius}"/>'
             parts.append(f"<g><title>{hint}</title>{dot}</g>")
     return svg(_BOTTOM + 32, "Sparsity wanted and reached over the steps", parts)
 

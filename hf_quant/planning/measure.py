@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from ..recipe.prepare import Prepared
-    from ..recipe.schema import Recipe
     from .plan import Plan
 
 _PLAIN, _UPDATES = 4, 2  # steps measured in each phase: without and with an update of masks; one more to warm up
@@ -88,7 +87,8 @@ class Timing:
         phases (`tuple[MeasuredPhase, ...]`): of the training.
         evaluations (`int`): how often the Trainer evaluates.
         evaluation_seconds (`float`): one evaluation.
-        float_seconds (`float`): the training of the float twin, which may be the teacher; 0 where there is none.
+        float_seconds (`float`): the training of the float twin, which may be the teacher; 0 where there is none, or
+            where it is the model that is quantized after training.
     """
 
     device: str
@@ -140,7 +140,7 @@ def measure(plan: Plan) -> Timing:
         args, _ = training_arguments(values, folder, recipe.seed, recipe.source)
         batches = _typical_steps(plan, prepared, folder)
         float_seconds = 0.0
-        if recipe.evaluation.baseline == "train" or _teaches_itself(recipe):
+        if len(recipe.trainings()) > 1:
             steps = _choose(plan, [("float", 0, plan.steps.total)], batches, pruning=False)
             driver, _ = _drive(prepared, args, [], steps)
             float_seconds = plan.steps.total * driver.plain(0)
@@ -154,10 +154,6 @@ def measure(plan: Plan) -> Timing:
         for index, (name, start, end) in enumerate(segments)
     )
     return Timing(_device(args), phases, len(plan.steps.evaluations), evaluation, float_seconds)
-
-
-def _teaches_itself(recipe: Recipe) -> bool:
-    return recipe.distillation is not None and recipe.distillation.teacher is None
 
 
 def phase_segments(plan: Plan) -> list[tuple[str, int, int]]:

@@ -14,14 +14,16 @@ from . import wording as w
 if TYPE_CHECKING:
     from .plan import Plan
 
-LEFT = 112.0  # labels end before
+LEFT = 132.0  # labels end before
 RIGHT = 740.0
 _CURVE, _BAND, _GAP = 54.0, 16.0, 18.0
+_DIGIT = 7.7  # at most, of a tick's text
 _STYLE = """
 .hfq svg .curve { fill:none; stroke:var(--int8); stroke-width:2; stroke-linejoin:round; }
 .hfq svg .area { fill:var(--int8); opacity:.14; }
 .hfq svg .observing { fill:var(--rest); } .hfq svg .frozen { fill:var(--int8); }
 .hfq svg .teacher { fill:var(--linear); } .hfq svg .off { fill:var(--line); }
+.hfq svg .epoch { stroke:var(--soft); opacity:.6; }
 .hfq svg .event { stroke:var(--even); stroke-width:1.5; }
 .hfq td { white-space:normal; overflow-wrap:anywhere; }
 .hfq .error { color:var(--bad); font-weight:600; } .hfq .warning { color:var(--rest); font-weight:600; }
@@ -79,13 +81,16 @@ def timeline_plot(plan: Plan) -> str:
     def across(step: float) -> float:
         return LEFT + step / steps.total * (RIGHT - LEFT)
 
-    def curve(label: str, points: Sequence[tuple[float, float]], top: float, words: str, stairs: bool) -> None:
+    def curve(
+        label: str, highest: str, points: Sequence[tuple[float, float]], top: float, words: str, stairs: bool
+    ) -> None:
         nonlocal y
         bottom = y + _CURVE
         places = _stairs(points, steps.total) if stairs else [*points, (float(steps.total), points[-1][1])]
         line = " ".join(f"{across(x):.1f},{bottom - value / top * _CURVE:.1f}" for x, value in places)
         first, last = across(places[0][0]), across(places[-1][0])
-        parts.append(svg_text(LEFT - 12, bottom - _CURVE / 2, label, "label", "end"))
+        parts.append(svg_text(LEFT - 12, bottom - _CURVE / 2 - 8, label, "label", "end"))
+        parts.append(svg_text(LEFT - 12, bottom - _CURVE / 2 + 9, highest, "tick", "end"))
         parts.append(f'<line class="zero" x1="{LEFT}" x2="{RIGHT}" y1="{bottom}" y2="{bottom}"/>')
         area = f'<polygon class="area" points="{first:.1f},{bottom:.1f} {line} {last:.1f},{bottom:.1f}"/>'
         parts.append(f"<g><title>{escape(words)}</title>{area}")
@@ -105,10 +110,12 @@ def timeline_plot(plan: Plan) -> str:
 
     if plan.rates:
         top = max(rate for _, rate in plan.rates) or 1.0
-        curve("learning rate", plan.rates, top, w.rate_words(plan), False)
+        curve("learning rate", f"{top:g} at most", plan.rates, top, w.rate_words(plan), False)
     for phase in phases.prunings.values():
         if phase.goals:
-            curve(phase.section, phase.goals, 1.0, w.pruning_words(phase), True)
+            part = phase.what.split(" by ")[0]
+            highest = f"{max(goal for _, goal in phase.goals):.0%} {part}"
+            curve(phase.section, highest, phase.goals, 1.0, w.pruning_words(phase), True)
     if phases.distillation is not None:
         one = phases.distillation
         band("distillation", [(one.start, one.end, "teacher", w.distillation_words(plan))])
@@ -118,6 +125,8 @@ def timeline_plot(plan: Plan) -> str:
         if freeze > qat.start:
             spans.insert(0, (qat.start, freeze, "observing", w.qat_words(plan)))
         band("QAT", spans)
+    if phases.after_training is not None:
+        band("quantization", [(0.0, float(steps.total), "off", w.after_training_words(plan))])
     for label, events in (("evaluations", steps.evaluations), ("checkpoints", steps.saves)):
         if events:
             parts.append(svg_text(LEFT - 12, y + _BAND / 2, label, "label", "end"))
@@ -131,17 +140,19 @@ def timeline_plot(plan: Plan) -> str:
 def _axis(plan: Plan, across: Callable[[float], float], bottom: float) -> list[str]:
     """Round numbers of steps below, and a dotted line where an epoch begins."""
     total, per_epoch = plan.steps.total, plan.steps.per_epoch
+    end = f"{total:,} steps"
+    free = RIGHT - _DIGIT * (len(end) + 1)  # where the last label begins
     parts = [
         svg_text(across(tick), bottom + 8, f"{tick:,.0f}", "tick", "middle")
         for tick in ticks(0.0, float(total))
-        if tick == int(tick) and tick < total * 0.97
+        if tick == int(tick) and across(tick) + _DIGIT * len(f"{tick:,.0f}") / 2 < free
     ]
-    parts.append(svg_text(RIGHT, bottom + 8, f"{total:,} steps", "tick", "end"))
+    parts.append(svg_text(RIGHT, bottom + 8, end, "tick", "end"))
     every = max(1, round(total / per_epoch / 20))
     for epoch in range(0, -(-total // per_epoch), every):
         x = across(epoch * per_epoch)
         parts.append(
-            f'<line class="grid" stroke-dasharray="2 4" x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="{bottom - 6:.1f}"/>'
+            f'<line class="epoch" stroke-dasharray="2 4" x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="{bottom - 6:.1f}"/>'
         )
     return parts
 
@@ -163,6 +174,8 @@ def _timeline_rows(plan: Plan) -> list[tuple[str, str]]:
         rows.append(("distillation", w.distillation_words(plan)))
     if phases.quantization is not None:
         rows.append(("QAT", w.qat_words(plan)))
+    if phases.after_training is not None:
+        rows.append(("quantization", w.after_training_words(plan)))
     return [
         *rows,
         ("evaluations", w.event_words(plan.steps.evaluations)),

@@ -79,6 +79,14 @@ class QATPhase:
 
 
 @dataclass(frozen=True)
+class AfterTraining:
+    """Quantization once the float model is trained; of a static scheme with ranges found on so many examples."""
+
+    scheme: str
+    calibration_samples: int | None
+
+
+@dataclass(frozen=True)
 class DistillationPhase:
     """Steps `start` to `end` learn from a teacher, `None`: a copy of the float model."""
 
@@ -93,6 +101,7 @@ class Phases:
 
     prunings: dict[int, PruningPhase] = field(default_factory=dict)
     quantization: QATPhase | None = None
+    after_training: AfterTraining | None = None
     distillation: DistillationPhase | None = None
     findings: list[Finding] = field(default_factory=list)
 
@@ -101,6 +110,7 @@ def find_phases(
     recipe: Recipe,
     model: nn.Module,
     total: int,
+    examples: int,
     prunings: Mapping[int, PruningCallback],
     pruners: Mapping[int, Pruner],
 ) -> Phases:
@@ -110,6 +120,7 @@ def find_phases(
         recipe ([`Recipe`]): the recipe.
         model (`torch.nn.Module`): its model; the meta device will do.
         total (`int`): all optimizer steps.
+        examples (`int`): rows of the training data, or windows of its texts.
         prunings (`dict[int, PruningCallback]`): new ones of its pruning sections, by number.
         pruners (`dict[int, Pruner]`): what they prune; one may be missing.
     """
@@ -132,9 +143,12 @@ def find_phases(
         except ValueError as error:
             named = [key for key in re.findall(r"`(\w+)`", str(error)) if hasattr(wanted, key)]
             _error(recipe, phases, ("distillation", *(named[:1] or ["start_step"])), error)
-    if recipe.quantization is not None:
-        quantization = recipe.quantization
+    if (quantization := recipe.quantization) is not None:
         static = get_scheme(quantization.scheme).activations == "static"
+        if recipe.quantizes_after_training:
+            samples = min(quantization.calibration_samples, examples) if static else None
+            phases.after_training = AfterTraining(quantization.scheme, samples)
+            return phases
         start = resolve_step(quantization.start_step, total)
         freeze = resolve_step(quantization.freeze_step, total)
         if start >= total:

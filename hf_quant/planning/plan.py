@@ -87,12 +87,14 @@ class Plan:
             "recipe": self.recipe.to_dict(),
             "model": self.model,
             "precision": self.precision,
+            "trainings": self.recipe.trainings(),
             "steps": dataclasses.asdict(self.steps),
             "learning_rates": [list(point) for point in self.rates],
             "matches": [dataclasses.asdict(match) for match in self.matches],
             "chosen": [dataclasses.asdict(chosen) for chosen in self.chosen],
             "pruning": [dataclasses.asdict(phase) for phase in self.phases.prunings.values()],
             "quantization": _as_dict(self.phases.quantization),
+            "after_training": _as_dict(self.phases.after_training),
             "distillation": _as_dict(self.phases.distillation),
             "size": self.size and {**dataclasses.asdict(self.size), "sparsity": self.size.sparsity},
             "memory": self.memory and {**dataclasses.asdict(self.memory), "total": self.memory.total},
@@ -141,7 +143,7 @@ def make_plan(recipe: Recipe) -> Plan:
             raise ValueError(str(error)) from error
     prunings = {index: PruningCallback(**dataclasses.asdict(one)) for index, one in enumerate(recipe.pruning)}
     targets = find_targets(recipe, model, prunings)
-    phases = find_phases(recipe, model, steps.total, prunings, targets.pruners)
+    phases = find_phases(recipe, model, steps.total, steps.examples, prunings, targets.pruners)
     findings = [Finding("error", problem) for problem in targets.problems] + phases.findings
     findings += find_conflicts(recipe, args, steps, phases, prunings, targets.pruners)
     size: Size | None = None

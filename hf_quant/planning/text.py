@@ -63,6 +63,8 @@ def timeline_rows(plan: Plan) -> list[tuple[str, str, str]]:
         frozen = qat.start if qat.freeze is None else qat.freeze
         line = "".join("·" if step < qat.start else "▒" if step < frozen else "█" for step in middles)
         rows.append(("QAT", line, w.qat_words(plan)))
+    if phases.after_training is not None:
+        rows.append(("quantization", "·" * CELLS, w.after_training_words(plan)))
     for name, events in (("evaluations", steps.evaluations), ("checkpoints", steps.saves)):
         hit = {min(CELLS - 1, max(0, step - 1) * CELLS // steps.total) for step in events}
         words = w.event_words(events) + (

@@ -23,8 +23,9 @@ def headline(plan: Plan) -> str:
 
 
 def model_words(plan: Plan) -> str:
-    """Class and precision."""
-    return f"{plan.model}, trained in {plan.precision}"
+    """Class, precision, and which models are trained."""
+    names = plan.recipe.trainings()
+    return f"{plan.model}, trained in {plan.precision}; {_count(len(names), 'training')}: {', then '.join(names)}"
 
 
 def rate_words(plan: Plan) -> str:
@@ -53,6 +54,16 @@ def qat_words(plan: Plan) -> str:
         return f"{qat.scheme} from step {qat.start:,}"
     frozen = f", frozen from {qat.freeze:,}" if qat.freeze < plan.steps.total else ", never frozen"
     return f"{qat.scheme} from step {qat.start:,}, ranges observed{frozen}"
+
+
+def after_training_words(plan: Plan) -> str:
+    """What happens when training is over."""
+    after = plan.phases.after_training
+    assert after is not None
+    words = f"{after.scheme} after training, float until then"
+    if after.calibration_samples is None:
+        return words
+    return f"{words}; ranges found on {_count(after.calibration_samples, 'training example')}"
 
 
 def distillation_words(plan: Plan) -> str:

@@ -95,8 +95,10 @@ class TrainingProgress(TrainerCallback):
     ) -> None:
         """Print the logs as one line."""
         if logs and state.is_world_process_zero:
-            shown = "  ".join(f"{name} {_short(value)}" for name, value in logs.items() if name != "total_flos")
-            line = f"{self.phase} step {state.global_step}/{state.max_steps}  {shown}"
+            shown = "  ".join(f"{name} {_short(value)}" for name, value in logs.items() if name not in _UNTOLD)
+            # A model that was quantized after training is evaluated by a Trainer that takes no steps.
+            step = f" step {state.global_step}/{state.max_steps}" if state.max_steps else ""
+            line = f"{self.phase}{step}  {shown}"
             self.console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
 
     def on_train_end(
@@ -128,6 +130,10 @@ class TrainingProgress(TrainerCallback):
         )
         self._progress.start()
         return self._progress
+
+
+# Says nothing about the model; the second one comes where a model is evaluated that was not trained.
+_UNTOLD = ("total_flos", "eval_model_preparation_time")
 
 
 def phase_names(callbacks: Sequence[TrainerCallback], step: int, max_steps: int) -> list[str]:

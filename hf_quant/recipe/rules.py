@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -99,8 +100,23 @@ def own_task(data: Mapping[str, Any]) -> Task:
     return Task(name=data.get("name") or "data", text_columns=tuple(data["text_columns"]), **values)
 
 
+def foreign_keys(section: Mapping[str, Any]) -> dict[str, str]:
+    """The keys of `quantization` that do not go with its method and scheme, and why not."""
+    from ..schemes import get_scheme
+
+    if section.get("method", Quantization.method) != "post_training":
+        return {"calibration_samples": "goes with `method: post_training`: QAT observes ranges while it trains"}
+    why = "is a step of QAT, and `method: post_training` quantizes after training"
+    found = {"start_step": why, "freeze_step": why}
+    scheme = section.get("scheme", Quantization.scheme)
+    with contextlib.suppress(ValueError):  # said elsewhere
+        if isinstance(scheme, str) and get_scheme(scheme).activations != "static":
+            found["calibration_samples"] = f"goes with a static scheme, and {scheme} needs no data"
+    return found
+
+
 def check_quantization(section: dict[str, Any], training: dict[str, Any], source: Source) -> list[Problem]:
-    """The scheme's name, and the order of the steps."""
+    """The scheme's name, what goes with the method, and the order of the steps."""
     from ..schemes import SCHEMES, Scheme, get_scheme
 
     problems: list[Problem] = []
@@ -112,6 +128,12 @@ def check_quantization(section: dict[str, Any], training: dict[str, Any], source
         except ValueError:
             literal = Literal[tuple(SCHEMES)]  # type: ignore[valid-type]
             problems += check_type(scheme, literal, ("quantization", "scheme"), source)
+    for key, why in foreign_keys(section).items():
+        if key in section:
+            message = f"`{key}` {why}; remove it, or write null where it comes from the recipe that this one extends"
+            problems.append(source.problem(("quantization", key), message, at_key=True))
+    if section.get("method") == "post_training":
+        return problems
     wrong = _check_steps(section, Quantization, ("start_step", "freeze_step"), "quantization", source)
     problems += wrong
     steps = {key: section.get(key, getattr(Quantization, key)) for key in ("start_step", "freeze_step")}
@@ -187,22 +209,22 @@ def check_pruning(section: dict[str, Any], path: KeyPath, training: dict[str, An
 
 
 def check_distillation(
-    section: dict[str, Any], training: dict[str, Any], compresses: bool, source: Source
+    section: dict[str, Any], training: dict[str, Any], learns: bool, source: Source
 ) -> list[Problem]:
     """The teacher, the maps of layers and the steps, by the rules of [`DistillationCallback`].
 
     Args:
         section (`dict[str, Any]`): the recipe's `distillation`.
         training (`dict[str, Any]`): its `training`.
-        compresses (`bool`): whether it prunes or quantizes too.
+        learns (`bool`): whether the recipe prunes, or trains int8: there is something to learn from the float model.
         source ([`Source`]): for the positions in the file.
     """
     path = ("distillation",)
     problems: list[Problem] = []
-    if section.get("teacher") is None and not compresses:
+    if section.get("teacher") is None and not learns:
         message = (
-            "`teacher` is missing in `distillation`: without `pruning` or `quantization` the model would learn from "
-            "itself. Name the folder or hub id of a teacher"
+            "`teacher` is missing in `distillation`: without `pruning` or `quantization` by QAT the model would learn "
+            "from itself. Name the folder or hub id of a teacher"
         )
         problems.append(source.problem(path, message, at_key=True))
     if any(check_fields(section, Distillation, path, source)) or not _well_typed(section, Distillation):

@@ -13,17 +13,20 @@ from rich.console import Console
 
 from ..checkpoint import require_free_folder, save_quantized, whole_folder
 from .checkpoints import remove_leftovers
+from .post_training import load_trained, quantize_trained
 from .prepare import Prepared, load_model, prepare
 from .provenance import write_provenance
 from .schema import Recipe
 from .stopping import StopOnSignal, Stopped
-from .train import train
+from .train import evaluate, train
+from .upload import upload
 
 if TYPE_CHECKING:
     from ..evaluation.report import Comparison
     from ..evaluation.sweep_report import Sweep
 
 RECIPE_FILE = "recipe.yaml"
+_FREE = ("output", "hub")  # may differ between a run and its resumption
 _MODELS = ("int8", "model", "float")
 _MAX_WINDOWS = 4  # a batch: their logits are held, the vocabulary for each token
 
@@ -49,9 +52,10 @@ def run(recipe: Recipe, *, overwrite: bool = False, resume: bool = False, consol
     """Carries out a recipe.
 
     The output folder then holds `int8/` (the model, its tokenizer, the recipe and its provenance), or `model/` where
-    the recipe does not quantize; `float/` (the twin, where the baseline is `train` or the teacher is the model
-    itself), `checkpoints/`, `recipe.yaml`, and `report.json`, `report.md` and `report.html`; where the recipe prunes,
-    `pruning.html`, the sparsity wanted and reached.
+    the recipe does not quantize; `float/` (the twin, where the baseline is `train`, the teacher is the model itself,
+    or `method: post_training` without pruning and distillation quantizes it), `checkpoints/`, `recipe.yaml`, and
+    `report.json`, `report.md` and `report.html`; where the recipe prunes, `pruning.html`, the sparsity wanted and
+    reached.
 
     SIGINT and SIGTERM end it with a checkpoint, see [`StopOnSignal`]. Started by torchrun or accelerate launch, all
     processes train, and the first one writes and prints.
@@ -109,19 +113,21 @@ def _run(
     how: dict[str, Any] = {"resume": resume, "console": console, "stop": stop}
     name = "int8" if recipe.quantization is not None else "model"
     folder = output / name
-    teaches_itself = recipe.distillation is not None and recipe.distillation.teacher is None
-    if teaches_itself:
+    before, *after = recipe.trainings()
+    if before == "float":
         _train_float(prepared, **how)
     if resume and _finished(folder, recipe):
         console.out(f"kept the {name} model in {folder}" if name == "int8" else f"kept {folder}", highlight=False)
+    elif recipe.trainings() == ["float"]:
+        _quantize_float(prepared, folder, console)
     else:
-        _train_compressed(prepared, name, folder, teaches_itself, **how)
-    baseline = recipe.evaluation.baseline
-    if baseline == "train" and not teaches_itself:
+        _train_compressed(prepared, folder, **how)
+    if "float" in after:
         _train_float(prepared, **how)
+    baseline = recipe.evaluation.baseline
     if baseline == "none" or not main:
         if main:
-            _upload(recipe, folder, console)
+            upload(recipe, folder, console)
         return RunResult(folder)
     float_folder = output / "float" if baseline == "train" else Path(baseline)
     comparison = _compare(prepared, float_folder, folder)
@@ -129,7 +135,7 @@ def _run(
     console.print(comparison)
     report = output / "report.html"
     console.out(f"report: {report}", highlight=False)
-    _upload(recipe, folder, console)
+    upload(recipe, folder, console)
     return RunResult(folder, float_folder, report, comparison)
 
 
@@ -144,15 +150,19 @@ def _begin(recipe: Recipe, output: Path, resume: bool) -> None:
     _write_recipe(output, recipe)
 
 
-def _train_compressed(prepared: Prepared, name: str, folder: Path, teaches_itself: bool, **how: Any) -> None:
+def _train_compressed(prepared: Prepared, folder: Path, **how: Any) -> None:
     """Trains, converts and saves the model that the recipe is about."""
     from accelerate import PartialState
 
     recipe, console = prepared.recipe, how["console"]
     callbacks: list[Any] = recipe.callbacks()
-    if teaches_itself:
+    if recipe.distillation is not None and recipe.distillation.teacher is None:
         callbacks[len(recipe.pruning)].teacher = str(Path(recipe.output) / "float")
+    name = next(name for name in recipe.trainings() if name != "float")
     trainer = train(prepared, prepared.model, name, callbacks, **how)
+    if recipe.quantizes_after_training:
+        # Without autocast, which the Trainer puts around `forward` for bfloat16.
+        quantize_trained(prepared, trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False), console)
     if PartialState().is_main_process:
         for path, callback in zip(pruning_pages(folder.parent, len(recipe.pruning)), callbacks, strict=False):
             callback.save_plot(path)
@@ -160,10 +170,29 @@ def _train_compressed(prepared: Prepared, name: str, folder: Path, teaches_itsel
             save_quantized(trainer.model, folder, processing_class=prepared.tokenizer, overwrite=True)
         else:
             _save_float(trainer.model, folder, prepared)
-    if recipe.evaluation.baseline == "none":
-        trainer.evaluate()  # prints what a comparison would otherwise say
+    if recipe.evaluation.baseline == "none":  # print what a comparison would otherwise say
+        if recipe.quantizes_after_training:
+            evaluate(prepared, trainer.model, folder.name, console)
+        else:
+            trainer.evaluate()
     _finish(folder, recipe)
-    console.out(f"saved the {name} model to {folder}" if name == "int8" else f"saved {folder}", highlight=False)
+    said = f"saved the int8 model to {folder}" if recipe.quantization is not None else f"saved {folder}"
+    console.out(said, highlight=False)
+
+
+def _quantize_float(prepared: Prepared, folder: Path, console: Console) -> None:
+    """Quantizes the float model that was trained and saved, and saves the result."""
+    from accelerate import PartialState
+
+    recipe = prepared.recipe
+    model = load_trained(prepared, folder.parent / "float")
+    quantize_trained(prepared, model, console)
+    if PartialState().is_main_process:
+        save_quantized(model, folder, processing_class=prepared.tokenizer, overwrite=True)
+    if recipe.evaluation.baseline == "none":
+        evaluate(prepared, model, folder.name, console)
+    _finish(folder, recipe)
+    console.out(f"saved the int8 model to {folder}", highlight=False)
 
 
 def _train_float(prepared: Prepared, **how: Any) -> None:
@@ -214,19 +243,6 @@ def _compare(prepared: Prepared, float_folder: Path, folder: Path) -> Comparison
     )
 
 
-def _upload(recipe: Recipe, folder: Path, console: Console) -> None:
-    """Puts the finished model on the hub, where the recipe says so."""
-    if recipe.hub is None:
-        return
-    from huggingface_hub import HfApi
-
-    api, repo_id = HfApi(), str(recipe.hub.repo_id)
-    api.create_repo(repo_id, private=recipe.hub.private, exist_ok=True)
-    message = recipe.hub.commit_message or f"hf_quant: {folder.name} model"
-    api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
-    console.out(f"uploaded {folder} to {repo_id}", highlight=False)
-
-
 def pruning_pages(output: Path, count: int) -> list[Path]:
     """Where the pictures of `count` pruning schedules go."""
     return [output / ("pruning.html" if count == 1 else f"pruning-{index + 1}.html") for index in range(count)]
@@ -273,7 +289,7 @@ def _require_same_recipe(recipe: Recipe, output: Path) -> None:
     earlier = Recipe.from_yaml(output / RECIPE_FILE)
     if not _same(earlier, recipe):
         old, new = earlier.to_dict(), recipe.to_dict()
-        changed = [key for key in new.keys() | old.keys() if key != "output" and old.get(key) != new.get(key)]
+        changed = [key for key in new.keys() | old.keys() if key not in _FREE and old.get(key) != new.get(key)]
         raise ValueError(
             f"{output} holds the run of another recipe: {', '.join(f'`{key}`' for key in sorted(changed))} differ. "
             "Give the same recipe, another `output`, or --overwrite instead of --resume."
@@ -281,5 +297,5 @@ def _require_same_recipe(recipe: Recipe, output: Path) -> None:
 
 
 def _same(one: Recipe, other: Recipe) -> bool:
-    """Equal but for the folder, which may have been moved."""
-    return dataclasses.replace(one, output=other.output) == other
+    """Equal but for where the result goes: the folder may have been moved, and an upload refused."""
+    return dataclasses.replace(one, **{key: getattr(other, key) for key in _FREE}) == other

@@ -18,6 +18,7 @@ from .rules import (
     check_hub,
     check_pruning,
     check_quantization,
+    foreign_keys,
     hints_of,
     own_task,
 )
@@ -44,7 +45,8 @@ class Recipe:
     Args:
         model (`str`): folder or hub id of the float model to start from.
         output (`str`): folder for the model, the float twin, checkpoints and the report.
-        quantization ([`Quantization`], *optional*): arguments of [`QATCallback`]; without it the model stays in float.
+        quantization ([`Quantization`], *optional*): arguments of [`QATCallback`], or of [`quantize`] after training;
+            without it the model stays in float.
         task (`str`, *optional*): a GLUE task; it names the columns, labels and metrics. Either `task` or `data`.
         data ([`Data`], *optional*): your own files, or where the task's files are.
         training (`dict[str, Any]`, *optional*): any fields of `TrainingArguments`; `bf16` may be `"auto"`.
@@ -124,7 +126,12 @@ class Recipe:
         return get_task(self.task) if self.task else own_task(dataclasses.asdict(self.data))
 
     def callbacks(self) -> list[TrainerCallback]:
-        """New callbacks for a `Trainer` of your own, in the order in which to pass them."""
+        """New callbacks for a `Trainer` of your own, in the order in which to pass them.
+
+        With `method: post_training` none of them quantizes. After `trainer.train()`, call
+        `quantize(trainer.model, recipe.quantization.scheme, calibration, inplace=True)`; a static scheme needs
+        calibration data.
+        """
         from ..callbacks.pruning import PruningCallback
 
         made: list[TrainerCallback] = [PruningCallback(**dataclasses.asdict(one)) for one in self.pruning]
@@ -132,11 +139,31 @@ class Recipe:
             from ..callbacks.distillation import DistillationCallback
 
             made.append(DistillationCallback(**dataclasses.asdict(self.distillation)))
-        if self.quantization is not None:
+        if self.quantization is not None and not self.quantizes_after_training:
             from ..callbacks.qat import QATCallback
 
-            made.append(QATCallback(**dataclasses.asdict(self.quantization)))
+            values = dataclasses.asdict(self.quantization)
+            made.append(QATCallback(**{key: value for key, value in values.items() if key not in _NOT_OF_QAT}))
         return made
+
+    def trainings(self) -> list[str]:
+        """The trainings of a run in their order, by the names of their folders in `checkpoints/`.
+
+        `"float"` is plain fine-tuning, `"int8"` has QAT, `"model"` prunes or distils a model that stays in float, or
+        is quantized after training.
+        """
+        after = self.quantizes_after_training
+        if after and not self.pruning and self.distillation is None:
+            return ["float"]  # what is quantized is the float twin itself
+        name = "model" if self.quantization is None or after else "int8"
+        if self.distillation is not None and self.distillation.teacher is None:
+            return ["float", name]
+        return [name, "float"] if self.evaluation.baseline == "train" else [name]
+
+    @property
+    def quantizes_after_training(self) -> bool:
+        """Whether the model is quantized once it is trained, not by QAT."""
+        return self.quantization is not None and self.quantization.method == "post_training"
 
 
 _SECTIONS: dict[str, type] = {
@@ -148,6 +175,7 @@ _SECTIONS: dict[str, type] = {
 }
 _OPTIONAL = ("distillation", "quantization", "hub")  # not the same as empty
 _COMPRESSION = ("pruning", "distillation", "quantization")
+_NOT_OF_QAT = ("method", "calibration_samples")
 # As a reader wants them: what, on what, how, and where to.
 _ORDER = ("model", "task", "data", "training", *_COMPRESSION, "evaluation", "output", "hub", "seed")
 
@@ -201,7 +229,9 @@ def _check_rules(
         if isinstance(section, dict):
             problems += check_pruning(section, path, sections["training"], source)
     if "distillation" in tree:
-        problems += check_distillation(sections["distillation"], sections["training"], compresses, source)
+        trains_int8 = "quantization" in tree and sections["quantization"].get("method") != "post_training"
+        learns = trains_int8 or tree.get("pruning") not in (None, [])
+        problems += check_distillation(sections["distillation"], sections["training"], learns, source)
     if "quantization" in tree:
         problems += check_quantization(sections["quantization"], sections["training"], source)
     if "hub" in tree:
@@ -220,4 +250,11 @@ def _plain(section: Any) -> dict[str, Any] | None:
     """A section as a mapping without what is not set; `None` for a section that is not there."""
     if section is None:
         return None
-    return {key: value for key, value in dataclasses.asdict(section).items() if value is not None}
+    values = {key: value for key, value in dataclasses.asdict(section).items() if value is not None}
+    if isinstance(section, Quantization):
+        # Of what belongs to the other method only a value that somebody set is left, to be refused.
+        others = foreign_keys(values)
+        values = {
+            key: value for key, value in values.items() if key not in others or value != getattr(Quantization, key)
+        }
+    return values

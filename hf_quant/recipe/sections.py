@@ -91,7 +91,7 @@ class Pruning:
 
 @dataclass
 class Quantization:
-    """The arguments of [`QATCallback`].
+    """How the model becomes int8: the arguments of [`QATCallback`], or of [`quantize`] after training.
 
     Args:
         scheme (`str`, *optional*, defaults to `"int8_static"`):
@@ -102,6 +102,12 @@ class Quantization:
         targets (`list[str]`, *optional*): patterns of the modules to quantize; all that can be, by default.
         ignore (`list[str]`, *optional*): patterns of the modules to leave; the classifier head, by default.
         embeddings (`bool`, *optional*, defaults to `True`): whether embeddings become int8 too.
+        method (`str`, *optional*, defaults to `"qat"`):
+            `"qat"`: int8 is trained, with `start_step` and `freeze_step`; `"post_training"`: the trained float model
+            is quantized, without these two.
+        calibration_samples (`int`, *optional*, defaults to 128):
+            Training rows, or windows of their texts, on which a static scheme's ranges are found after training; only
+            with `method: post_training`.
     """
 
     scheme: str = "int8_static"
@@ -110,6 +116,8 @@ class Quantization:
     targets: list[str] | None = None
     ignore: list[str] | None = None
     embeddings: bool = True
+    method: Literal["qat", "post_training"] = "qat"
+    calibration_samples: int = field(default=128, metadata={"minimum": 1})
 
 
 @dataclass

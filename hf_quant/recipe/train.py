@@ -1,4 +1,4 @@
-"""One training of a recipe, with its checkpoints."""
+"""One training of a recipe, with its checkpoints; and the evaluation of a model that is not trained."""
 
 from __future__ import annotations
 
@@ -40,31 +40,16 @@ def train(
         stop ([`StopOnSignal`]): of the run.
     """
     from accelerate import PartialState
-    from transformers import PrinterCallback, ProgressCallback, Trainer, set_seed
+    from transformers import set_seed
 
-    from ..evaluation.tasks import CAUSAL
     from .progress import TrainingProgress
 
     recipe = prepared.recipe
     checkpoints = Path(recipe.output) / "checkpoints" / name
-    args, _ = training_arguments(recipe.training, str(checkpoints), recipe.seed, recipe.source)
-    if prepared.task.problem_type == CAUSAL:
-        args.prediction_loss_only = True  # the logits of a whole text fit into no memory
-    processes = PartialState()
-    last = _last_checkpoint(checkpoints, processes, console) if resume else None
     progress = TrainingProgress(name, console, callbacks)
-    trainer = Trainer(
-        model=model,
-        args=args,
-        train_dataset=prepared.encoded["train"],
-        eval_dataset=prepared.encoded["validation"],
-        processing_class=prepared.tokenizer,
-        # A signal is heeded before a model is converted at the end of its training.
-        callbacks=[stop, *callbacks, progress],
-        **prepared.trainer_options,
-    )
-    for shipped in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(shipped)
+    # A signal is heeded before a model is converted at the end of its training.
+    trainer = _trainer(prepared, model, checkpoints, [stop, *callbacks, progress])
+    last = _last_checkpoint(checkpoints, PartialState(), console) if resume else None
     console.out(f"training {name} on {len(prepared.encoded['train']):,} examples", highlight=False)
     # Preparing a model for QAT may have drawn random numbers; the twin has to draw the same ones from here on.
     set_seed(recipe.seed)
@@ -74,6 +59,49 @@ def train(
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     finally:
         progress.stop()
+    return trainer
+
+
+def evaluate(prepared: Prepared, model: PreTrainedModel, name: str, console: Console) -> None:
+    """Prints the metrics of a model that no Trainer trained, as the end of a training does.
+
+    Args:
+        prepared ([`Prepared`]): the recipe and its data.
+        model (`PreTrainedModel`): float or quantized.
+        name (`str`): what it is called.
+        console (`rich.console.Console`): where to print.
+    """
+    from .progress import TrainingProgress
+
+    progress = TrainingProgress(name, console)
+    # A Trainer makes its folder: one that is there.
+    trainer = _trainer(prepared, model, Path(prepared.recipe.output), [progress])
+    try:
+        trainer.evaluate()
+    finally:
+        progress.stop()
+
+
+def _trainer(prepared: Prepared, model: PreTrainedModel, folder: Path, callbacks: list[TrainerCallback]) -> Trainer:
+    from transformers import PrinterCallback, ProgressCallback, Trainer
+
+    from ..evaluation.tasks import CAUSAL
+
+    recipe = prepared.recipe
+    args, _ = training_arguments(recipe.training, str(folder), recipe.seed, recipe.source)
+    if prepared.task.problem_type == CAUSAL:
+        args.prediction_loss_only = True  # the logits of a whole text fit into no memory
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=prepared.encoded["train"],
+        eval_dataset=prepared.encoded["validation"],
+        processing_class=prepared.tokenizer,
+        callbacks=callbacks,
+        **prepared.trainer_options,
+    )
+    for shipped in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(shipped)
     return trainer
 
 

@@ -25,9 +25,11 @@ from ..reviews import read_recipe, write_files
 
 
 class Seen:
-    """What the training of the compressed model inside a run really did."""
+    """What the training of the result inside a run really did, and which trainings there were."""
 
     def __init__(self) -> None:
+        self.name = ""
+        self.trainings: list[str] = []
         self.trainer: Trainer | None = None
         self.pruned: list[PruningCallback] = []
         self.phases: list[str] = []
@@ -45,18 +47,21 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
 
     def init(self: Trainer, *args: Any, **kwargs: Any) -> None:
         made(self, *args, **kwargs)
-        if not str(self.args.output_dir).endswith("float"):
+        folder = Path(str(self.args.output_dir))
+        if (folder.parent.name, folder.name) == ("checkpoints", found.name):
             found.trainer = self
             found.pruned = [one for one in kwargs["callbacks"] if isinstance(one, PruningCallback)]
 
     def begin(self: TrainingProgress, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.phase != "float":
+        if state.global_step == 0:
+            found.trainings.append(self.phase)
+        if self.phase == found.name:
             modules = list(qat_modules(kwargs["model"]).values())
             on = bool(modules) and modules[0].state.fake_quantizing
             found.phases.append("float" if not on else "observing" if modules[0].state.observing else "frozen")
 
     def step(self: TrainingProgress, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.phase != "float":
+        if self.phase == found.name:
             optimizer = kwargs["optimizer"]
             found.rates.append(optimizer.param_groups[0]["lr"])
             values = [value for one in optimizer.state.values() for value in one.values()]
@@ -64,7 +69,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
             found.mask_bytes = sum(callback.memory for callback in found.pruned)
 
     def saved(self: TrainingProgress, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.phase != "float":
+        if self.phase == found.name:
             found.saves.append(state.global_step)
 
     monkeypatch.setattr(Trainer, "__init__", init)
@@ -78,9 +83,12 @@ def check(recipe: Recipe, seen: Seen) -> None:
     """Plans, runs, and compares."""
     plan = make_plan(recipe)
     assert not plan.has_errors
+    planned_trainings = plan.to_dict()["trainings"]
+    seen.name = ([name for name in planned_trainings if name != "float"] or ["float"])[0]
     result = run(recipe, console=Console(quiet=True))
     steps, qat, student = plan.steps, plan.phases.quantization, seen.trainer
     assert student is not None
+    assert seen.trainings == planned_trainings
     assert student.state.max_steps == student.state.global_step == steps.total == len(seen.phases)
     for step, phase in enumerate(seen.phases):
         if qat is None or step < qat.start:
@@ -126,6 +134,7 @@ def check(recipe: Recipe, seen: Seen) -> None:
 NEURONS = {"structure": "neuron", "final_sparsity": 0.5, "uniform": True, "shrink": True}
 HEADS = {"structure": "head", "final_sparsity": 0.5, "scope": "layer"}
 STEPS = {"start_step": 1, "end_step": 4, "frequency": 1}
+AFTER = {"method": "post_training", "start_step": None, "freeze_step": None}
 
 
 @pytest.mark.parametrize(
@@ -157,8 +166,18 @@ STEPS = {"start_step": 1, "end_step": 4, "frequency": 1}
             "distillation": {"start_step": 2},
             "training": {"eval_strategy": "steps", "eval_steps": 3, "optim": "adafactor"},
         },
+        {"quantization": AFTER, "evaluation": {"baseline": "train"}, "training": {"eval_strategy": "epoch"}},
+        {"quantization": {**AFTER, "scheme": "int4_weight_only"}, "training": {"save_strategy": "epoch"}},
+        {
+            "quantization": {**AFTER, "scheme": "int8_dynamic", "embeddings": False},
+            "pruning": {**NEURONS, **STEPS},
+            "evaluation": {"baseline": "train"},
+        },
     ],
-    ids=["static", "dynamic", "int4", "float", "sparse", "shrunk", "neurons", "layers"],
+    ids=[
+        *("static", "dynamic", "int4", "float", "sparse", "shrunk", "neurons", "layers"),
+        *("static after", "int4 after", "shrunk after"),
+    ],
 )
 def test_plan_then_run(tmp_path: Path, seen: Seen, changes: dict[str, Any]) -> None:
     check(read_recipe(write_files(tmp_path), **changes), seen)

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -187,8 +188,9 @@ def test_a_finished_model_goes_to_the_hub(tmp_path: Path, monkeypatch: pytest.Mo
     done: list[tuple[str, Any, Any]] = []
 
     class Hub:
-        def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> None:
+        def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> SimpleNamespace:
             done.append((repo_id, private, exist_ok))
+            return SimpleNamespace(repo_id=repo_id)
 
         def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
             assert (folder_path / "recipe.yaml").is_file(), "it is finished"

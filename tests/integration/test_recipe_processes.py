@@ -120,6 +120,22 @@ def test_two_processes_train_and_the_first_one_writes_and_prints(tmp_path: Path,
     assert models(tmp_path / "out")
 
 
+def test_two_processes_quantize_after_training(tmp_path: Path) -> None:
+    # Ranges are united over processes, so both have to be there.
+    after = {"method": "post_training", "start_step": None, "freeze_step": None}
+    training = {**TRAINING, "ddp_backend": "gloo"}
+    recipe = write_recipe(write_files(tmp_path), training=training, pruning=None, quantization=after)
+    launched = [sys.executable, "-m", *LAUNCHERS["torchrun"], *command(recipe)[1:]]
+    done = subprocess.run(
+        launched, capture_output=True, text=True, env=environment(), timeout=280, check=False, cwd=REPOSITORY
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    for line in ("training float on 32 examples", "quantized to int8_static after", "saved the int8 model"):
+        assert done.stdout.count(line) == 1, line
+    assert len(re.findall(r"^int8  eval_loss", done.stdout, re.MULTILINE)) == 1
+    assert {name.partition("/")[0] for name in weights(models(tmp_path / "out"))} == {"float", "int8"}
+
+
 STOPPER = textwrap.dedent(
     """
     import os, signal, sys

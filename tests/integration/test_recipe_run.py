@@ -21,7 +21,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_quant import Recipe, load_quantized
 from hf_quant.recipe.data import load_labels, load_rows, tokenize
-from hf_quant.recipe.run import run
+from hf_quant.recipe.run import _require_same_recipe, run
+from hf_quant.recipe.sections import Hub
 from hf_quant.recipe.source import RecipeError
 from hf_quant.runtime.modules import Int8Linear
 from tests.reviews import LENGTH, read_recipe, rows, write_files, write_model, write_recipe, write_rows
@@ -116,6 +117,8 @@ def test_resume_of_another_recipe_is_refused(finished: tuple[Path, str], tmp_pat
     with pytest.raises(ValueError, match=r"holds the run of another recipe: `seed` differ"):
         run(other, resume=True)
     assert folder_bytes(folder / "out") == before
+    # Where an upload was refused, another repository is no other run.
+    _require_same_recipe(dataclasses.replace(other, seed=42, hub=Hub(repo_id="me/other")), folder / "out")
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"holds no recipe\.yaml, so there is no run to resume"):
         run(dataclasses.replace(other, output=str(tmp_path)), resume=True)

@@ -94,6 +94,8 @@ def test_everything_has_a_place_and_a_description() -> None:
         {"quantization": {"targets": "*.query"}},
         {"quantization": {"targets": []}},
         {"quantization": {"embeddings": "yes"}},
+        {"quantization": {"method": "ptq"}},
+        {"quantization": {"method": "post_training", "calibration_samples": 0}},
         {"pruning": {"final_sparsity": 80}},
         {"pruning": {"final_sparsity": {"*": 0}}},
         {"pruning": {"final_sparsity": 0.5, "criterion": "l9"}},

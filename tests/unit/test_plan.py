@@ -52,6 +52,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 
 PRUNE = {"final_sparsity": 0.5, "start_step": 1, "end_step": 4, "frequency": 1, "schedule": "linear"}
+AFTER = {"method": "post_training", "start_step": None, "freeze_step": None}
 FULL: dict[str, Any] = {
     "pruning": PRUNE,
     "distillation": {"start_step": 2, "end_step": 6},
@@ -244,6 +245,8 @@ def test_a_teacher_of_its_own_counts_too(folder: Path) -> None:
         FULL,
         {"quantization": {"start_step": 0}, "evaluation": {"baseline": "train"}},
         {"pruning": {**PRUNE, "criterion": "movement"}, "training": {"gradient_accumulation_steps": 2}},
+        {"quantization": AFTER, "evaluation": {"baseline": "train"}},
+        {"quantization": AFTER, "pruning": PRUNE, "evaluation": {"baseline": "train"}},
     ],
 )
 def test_measured_time_and_what_measuring_leaves_alone(folder: Path, changes: dict[str, Any]) -> None:
@@ -258,11 +261,39 @@ def test_measured_time_and_what_measuring_leaves_alone(folder: Path, changes: di
     assert [(phase.name, phase.start, phase.end) for phase in timing.phases] == phase_segments(plan)
     assert all(phase.step_seconds > 0 for phase in timing.phases)
     assert sum(phase.end - phase.start for phase in timing.phases) == 8
-    twin = plan.recipe.evaluation.baseline == "train" or plan.recipe.distillation is not None
+    twin = len(plan.recipe.trainings()) == 2
     assert (timing.float_seconds > 0) is twin, "it teaches too"
     assert (timing.evaluation_seconds > 0) is bool(plan.steps.evaluations)
     parts = sum(phase.seconds for phase in timing.phases) + timing.evaluations * timing.evaluation_seconds
     assert timing.total == pytest.approx(parts + timing.float_seconds)
+
+
+def test_quantization_after_training(folder: Path, tmp_path: Path) -> None:
+    qat = make_plan(read_recipe(folder, evaluation={"baseline": "train"}))
+    assert "; 2 trainings: int8, then float" in printed(qat)
+    plan = make_plan(read_recipe(folder, quantization=AFTER, evaluation={"baseline": "train"}))
+    assert plan.findings == ()
+    assert plan.phases.quantization is None
+    assert plan.size == qat.size
+    assert phase_segments(plan) == [("float", 0, 8)]
+    rows = {name: (line, words) for name, line, words in timeline_rows(plan)}
+    assert "QAT" not in rows
+    words = "int8_static after training, float until then; ranges found on 32 training examples"
+    assert rows["quantization"] == ("·" * CELLS, words), "there are no more than 32"
+    assert words in " ".join(printed(plan).split())
+    assert "; 1 training: float" in printed(plan)
+    plan.to_html(tmp_path / "plan.html")
+    page = " ".join(ElementTree.parse(tmp_path / "plan.html").getroot().itertext())
+    assert page.count(words) == 2, "in the picture and below it"
+    data = plan.to_dict()
+    assert (data["trainings"], data["quantization"]) == (["float"], None)
+    assert data["after_training"] == {"scheme": "int8_static", "calibration_samples": 32}
+
+    pruned = make_plan(read_recipe(folder, quantization={**AFTER, "scheme": "int8_dynamic"}, pruning=PRUNE))
+    assert phase_segments(pruned) == [("pruning", 0, 4), ("float", 4, 8)]
+    assert pruned.to_dict()["trainings"] == ["model"]
+    assert pruned.to_dict()["after_training"] == {"scheme": "int8_dynamic", "calibration_samples": None}
+    assert "int8_dynamic after training, float until then\n" in re.sub(r" +\n", "\n", printed(pruned))
 
 
 def test_the_phases_that_are_measured(full: Plan) -> None:

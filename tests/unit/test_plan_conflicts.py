@@ -38,6 +38,17 @@ def test_a_recipe_without_conflicts_has_no_findings(folder: Path) -> None:
     assert make_plan(read_recipe(folder, pruning=PRUNE, training=best)).findings == ()
 
 
+def test_phases_of_qat_do_not_conflict_where_there_are_none(folder: Path) -> None:
+    after = {"method": "post_training", "start_step": None, "freeze_step": None}
+    for changes in (
+        {"pruning": {**PRUNE, "end_step": 7}},
+        {"training": {**TWO_EPOCHS, "learning_rate": 0}},
+        {"training": BEST},
+    ):
+        assert make_plan(read_recipe(folder, **changes)).findings
+        assert make_plan(read_recipe(folder, **changes, quantization=after)).findings == ()
+
+
 @pytest.mark.parametrize(
     ("changes", "level", "key", "expected"),
     [

@@ -92,3 +92,10 @@ def test_what_cannot_be_drawn() -> None:
         schedule_page([])
     with pytest.raises(ValueError, match=r"step 3 has the sparsities 50 and 0\.5; both are shares in \[0, 1\]"):
         schedule_plot([(3, 50, 0.5)])
+
+
+def test_one_update_shows_its_goal_from_there_on() -> None:
+    svg = ElementTree.fromstring(schedule_plot([(120, 0.5, 0.5)]))
+    (left, one), (right, other) = goals(svg)
+    assert (left, right, one) == (plots.NARROW_LEFT, plots.RIGHT, other)
+    assert "121" not in [text.text for text in svg.iter(f"{SVG}text")]

@@ -264,6 +264,13 @@ _recipes = st.builds(
         _steps,
         st.none() | st.lists(_texts, min_size=1, max_size=3),
         st.booleans(),
+    )
+    | st.builds(
+        lambda scheme, samples: Quantization(
+            scheme, method="post_training", calibration_samples=samples if scheme == "int8_static" else 128
+        ),
+        st.sampled_from(["int8_static", "int8_dynamic", "int4_weight_only"]),
+        st.integers(1, 999),
     ),
     evaluation=st.builds(Evaluation, baseline=_texts, max_samples=st.none() | st.integers(1, 10**6)),
     seed=st.integers(0, 2**32 - 1),
@@ -345,8 +352,12 @@ def test_shipped_recipes_are_right() -> None:
     files = sorted((REPOSITORY / "recipes").glob("*.yaml"))
     assert len(files) >= 9
     table = (REPOSITORY / "recipes" / "README.md").read_text(encoding="utf-8")
+    outputs = {}
     for file in files:
         recipe = Recipe.from_yaml(file)
+        assert outputs.setdefault(recipe.output, file.name) == file.name, "they would overwrite each other"
+        assert recipe.evaluation.baseline == "train", "each is measured"
+        assert recipe.quantizes_after_training is file.stem.endswith(("-dynamic", "-static"))
         assert recipe.training["bf16"] == "auto"
         assert f"[{file.name}]({file.name})" in table
         assert file.read_text(encoding="utf-8").startswith("# yaml-language-server: $schema=schema.json\n")
@@ -502,8 +513,8 @@ def test_wrong_distillation_is_named_with_its_place(tmp_path: Path, change: str,
 def test_nobody_learns_from_himself(tmp_path: Path) -> None:
     alone = GOOD.replace("quantization:\n  scheme: int8_static\n  start_step: 0.5\n", "distillation: {hardness: 1}\n")
     assert errors(tmp_path, alone) == [
-        "recipe.yaml:9:1: `teacher` is missing in `distillation`: without `pruning` or `quantization` the model would "
-        "learn from itself. Name the folder or hub id of a teacher"
+        "recipe.yaml:9:1: `teacher` is missing in `distillation`: without `pruning` or `quantization` by QAT the "
+        "model would learn from itself. Name the folder or hub id of a teacher"
     ]
     assert read(tmp_path, alone.replace("{", "{teacher: t, ")).quantization is None
     steps = alone.replace("{", "{teacher: t, start_step: 9, ").replace("num_train_epochs: 2", "max_steps: 9")
@@ -533,3 +544,100 @@ def test_messages_are_one_line_and_safe_for_a_terminal(tmp_path: Path) -> None:
     found = errors(tmp_path, GOOD + r'"a\nb\e[31m": 1' + "\n")
     assert len(found) == 1
     assert found[0].startswith(r"recipe.yaml:13:1: unknown key `a b\x1b[31m`; allowed: ")
+
+
+AFTER = GOOD.replace("  start_step: 0.5\n", "  method: post_training\n")
+
+
+def test_post_training(tmp_path: Path) -> None:
+    recipe = read(tmp_path, AFTER)
+    assert recipe.quantization == Quantization(method="post_training", calibration_samples=128)
+    assert recipe.quantizes_after_training
+    assert recipe.callbacks() == []
+    written = recipe.to_dict()["quantization"]
+    assert written == {
+        "scheme": "int8_static",
+        "embeddings": True,
+        "method": "post_training",
+        "calibration_samples": 128,
+    }
+    assert read(tmp_path, recipe.to_yaml()) == recipe
+    dynamic = read(tmp_path, AFTER.replace("int8_static", "int8_dynamic"))
+    assert "calibration_samples" not in dynamic.to_dict()["quantization"]
+    assert read(tmp_path, dynamic.to_yaml()) == dynamic
+    few = read(tmp_path, AFTER.replace("post_training", "post_training\n  calibration_samples: 7"))
+    assert few.quantization == Quantization(method="post_training", calibration_samples=7)
+    assert read(tmp_path, few.to_yaml()) == few
+    qat = read(tmp_path, GOOD)
+    assert not qat.quantizes_after_training
+    assert set(qat.to_dict()["quantization"]) == {"scheme", "start_step", "freeze_step", "embeddings", "method"}
+    pruned = read(tmp_path, AFTER + "pruning:\n  final_sparsity: 0.5\n")
+    assert [type(callback).__name__ for callback in pruned.callbacks()] == ["PruningCallback"]
+
+
+def test_post_training_nulls_the_steps_of_what_it_extends(tmp_path: Path) -> None:
+    (tmp_path / "qat.yaml").write_text(GOOD)
+    null = "extends: qat.yaml\nquantization:\n  method: post_training\n  start_step: null\noutput: other\n"
+    assert read(tmp_path, null).quantization == Quantization(method="post_training")
+    with pytest.raises(
+        RecipeError, match=r"qat\.yaml:11:3: `start_step` is a step of QAT, and .* or write null where"
+    ):
+        read(tmp_path, null.replace("  start_step: null\n", ""))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("post_training", "post_traning", "11:11: `quantization.method` cannot be 'post_traning'; did you mean `post"),
+        ("method: post_training", "calibration_samples: 9", "11:3: `calibration_samples` goes with `method: post_"),
+        ("post_training", "post_training\n  start_step: 0", "12:3: `start_step` is a step of QAT, and `method: post_"),
+        ("post_training", "post_training\n  freeze_step: 0.9", "12:3: `freeze_step` is a step of QAT, and `method: "),
+        (
+            "int8_static\n  method: post_training",
+            "int4_weight_only\n  method: post_training\n  calibration_samples: 128",
+            "12:3: `calibration_samples` goes with a static scheme, and int4_weight_only needs no data; remove it",
+        ),
+        ("post_training", "post_training\n  calibration_samples: 0", "12:24: `quantization.calibration_samples` mus"),
+        ("int8_static", "8", "10:11: `quantization.scheme` must be text, but is 8"),
+        ("int8_static", "float8_dynamic", "10:11: `quantization.scheme` cannot be 'float8_dynamic'"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_with_the_method(tmp_path: Path, old: str, new: str, expected: str) -> None:
+    assert old in AFTER
+    found = errors(tmp_path, AFTER.replace(old, new, 1))
+    assert len(found) == 1
+    assert found[0].startswith(f"recipe.yaml:{expected}")
+
+
+def test_a_recipe_in_python_cannot_mix_the_methods() -> None:
+    with pytest.raises(RecipeError, match=r"^`freeze_step` is a step of QAT"):
+        Recipe("m", "o", Quantization(method="post_training", freeze_step=0.5), task="mrpc")
+    with pytest.raises(RecipeError, match=r"^`calibration_samples` goes with `method: post_training`"):
+        Recipe("m", "o", Quantization(calibration_samples=64), task="mrpc")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, ["float"]),
+        ({"evaluation": Evaluation("none")}, ["float"]),
+        ({"quantization": Quantization()}, ["int8", "float"]),
+        ({"quantization": Quantization(), "evaluation": Evaluation("none")}, ["int8"]),
+        ({"quantization": Quantization(), "distillation": Distillation()}, ["float", "int8"]),
+        ({"pruning": [Pruning(0.5)]}, ["model", "float"]),
+        ({"pruning": [Pruning(0.5)], "evaluation": Evaluation("some/folder")}, ["model"]),
+        ({"pruning": [Pruning(0.5)], "distillation": Distillation()}, ["float", "model"]),
+        ({"distillation": Distillation("some/teacher")}, ["model", "float"]),
+        ({"quantization": None, "pruning": [Pruning(0.5)]}, ["model", "float"]),
+    ],
+)
+def test_trainings(changes: dict[str, Any], expected: list[str]) -> None:
+    values = {"quantization": Quantization(method="post_training"), **changes}
+    assert Recipe("m", "o", task="mrpc", **values).trainings() == expected
+
+
+def test_what_is_quantized_after_training_does_not_learn_from_itself(tmp_path: Path) -> None:
+    (found,) = errors(tmp_path, AFTER + "distillation: {}\n")
+    assert (
+        "`teacher` is missing in `distillation`: without `pruning` or `quantization` by QAT the model would" in found
+    )
