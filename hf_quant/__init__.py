@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .quantization.guard import AccuracyError, meet_accuracy
     from .quantization.post_training import quantize, quantize_dynamic, quantize_static
     from .recipe.schema import Recipe
+    from .runtime.optimize import optimize
     from .runtime.sparse import use_semi_structured
 
 _HOME_OF = {
@@ -40,6 +41,7 @@ _HOME_OF = {
     "quantize": ".quantization.post_training",
     "quantize_dynamic": ".quantization.post_training",
     "quantize_static": ".quantization.post_training",
+    "optimize": ".runtime.optimize",
     "perplexity": ".evaluation.perplexity",
     "save_quantized": ".checkpoint",
     "shrink_vocabulary": ".pruning.vocabulary",
@@ -61,6 +63,7 @@ __all__ = [  # noqa: RUF022 - in the order in which a user meets them
     "AccuracyError",
     "save_quantized",
     "load_quantized",
+    "optimize",
     "compare",
     "compare_schemes",
     "compare_perplexity",

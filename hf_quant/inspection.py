@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import require_sound_folder
+from .kernel_times import KernelTimes, kernel_table, kernel_times
 from .layout import Stored
 from .runtime.packed import unpack
 from .schemes import make_scheme
@@ -89,12 +90,14 @@ class Inspection:
         modules (tuple of [`InspectedModule`]): in the order of their names, numbers as numbers.
         files (`int`): how many files hold the weights.
         bytes (`int`): of those files.
+        kernels (tuple of [`KernelTimes`], *optional*): which kernels this machine takes; where that was asked for.
     """
 
     path: str
     modules: tuple[InspectedModule, ...]
     files: int
     bytes: int
+    kernels: tuple[KernelTimes, ...] | None = None
 
     @property
     def weights(self) -> int:
@@ -120,7 +123,8 @@ class Inspection:
         """Everything as plain numbers, strings, lists and dicts; sparsities are fractions."""
         totals = {name: getattr(self, name) for name in ("weights", "zeros", "sparsity", "bytes", "zip_bytes")}
         modules = [{**asdict(one), "shape": list(one.shape), "sparsity": one.sparsity} for one in self.modules]
-        return {"path": self.path, "files": self.files, "totals": totals, "modules": modules}
+        found = {"path": self.path, "files": self.files, "totals": totals, "modules": modules}
+        return found if self.kernels is None else {**found, "kernels": [one.to_dict() for one in self.kernels]}
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """The same as JSON; written to `path` where one is given."""
@@ -150,7 +154,16 @@ class Inspection:
             shape = shapes.pop() if len(shapes) == 1 else "various"
             size = _megabytes(sum(member.bytes for member in members))
             table.add_row(name, str(len(members)), words, shape, _zeros(members), _found(members), size)
-        return Group(Text(self.path, style="bold"), Text(), table, Text(), *(Text(line) for line in self._notes()))
+        parts: list[RenderableType] = [
+            Text(self.path, style="bold"),
+            Text(),
+            table,
+            Text(),
+            *(Text(line) for line in self._notes()),
+        ]
+        if self.kernels is not None:
+            parts += [Text(), kernel_table(self.kernels)]
+        return Group(*parts)
 
     def _notes(self) -> list[str]:
         training = sum(module.training_bytes for module in self.modules)
@@ -183,13 +196,15 @@ class Inspection:
         return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
-def inspect_folder(path: str | os.PathLike[str]) -> Inspection:
+def inspect_folder(path: str | os.PathLike[str], kernels: bool = False) -> Inspection:
     """Read what lies in a model folder: float or quantized, whole or in shards, finished or in the midst of training.
 
     No model is built, and one tensor at a time is in memory.
 
     Args:
         path (`str`): a local folder with `config.json` and safetensors weights. Hub ids are not read.
+        kernels (`bool`, *optional*, defaults to `False`): also find the kernels that its quantized Linear layers get
+            on this machine, by measurement where they are not known.
 
     Returns:
         [`Inspection`]
@@ -225,7 +240,13 @@ def inspect_folder(path: str | os.PathLike[str]) -> Inspection:
                 shape = tuple(opened[tensors[other].file].get_tensor(other).tolist())
             keys = parts[name]
             modules.append(_inspect(name, kinds[name], stored.get(name), tensor, shape, keys, tensors))
-    return Inspection(str(folder), tuple(modules), len(files), sum(file.stat().st_size for file in files))
+    size = sum(file.stat().st_size for file in files)
+    times = None
+    if kernels:
+        layers = [one for one in modules if one.name in stored and one.kind in ("linear", "conv1d")]
+        quantized = [one for one in layers if one.scheme.startswith("int")]
+        times = kernel_times((one.scheme, one.shape[0], one.shape[1]) for one in quantized)
+    return Inspection(str(folder), tuple(modules), len(files), size, times)
 
 
 def _inspect(

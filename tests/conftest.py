@@ -12,6 +12,7 @@ os.environ.update(
     HF_HUB_DISABLE_PROGRESS_BARS="1",
     TRANSFORMERS_VERBOSITY="error",
     TOKENIZERS_PARALLELISM="false",
+    HF_QUANT_CACHE="off",  # kernels are measured anew; nothing is read from, or written to, the machine
 )
 
 import pytest

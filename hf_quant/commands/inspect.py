@@ -14,13 +14,16 @@ def inspect(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="A local model folder, float or quantized.")],
     json: Annotated[Path | None, typer.Option("--json", help="Write everything as JSON, module by module.")] = None,
     modules: Annotated[bool, typer.Option("--modules", help="A row for every module, not for each family.")] = False,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Also the kernels of each shape on this CPU, measured where not known.")
+    ] = False,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Show scheme, zeros and size of every weight in a model folder, without building the model."""
     require_new([json], overwrite)
     from ..inspection import TEXT_WIDTH, inspect_folder
 
-    found = inspect_folder(folder)
+    found = inspect_folder(folder, kernels)
     if json is not None:
         found.to_json(json)
     output = console()

@@ -80,12 +80,13 @@ def onednn_is_exact() -> bool:
 
 
 @functools.cache
-def int_mm_is_exact(device: torch.device) -> bool:
-    """Whether `torch._int_mm` runs on that device and gives exact sums."""
+def int_mm_is_exact(device: torch.device, dtype: torch.dtype = torch.int8) -> bool:
+    """Whether `torch._int_mm` runs on that device and gives exact sums, for int8 or uint8 activations."""
+    extreme = -128 if dtype == torch.int8 else 255
     try:
-        values = torch.full((32, 64), -128, dtype=torch.int8, device=device)
+        values = torch.full((32, 64), extreme, dtype=dtype, device=device)
         weight = torch.full((16, 64), 127, dtype=torch.int8, device=device)
-        return bool((torch._int_mm(values, weight.t()) == -64 * 128 * 127).all())
+        return bool((torch._int_mm(values, weight.t()) == 64 * extreme * 127).all())
     except (RuntimeError, AttributeError):
         return False
 
@@ -93,6 +94,11 @@ def int_mm_is_exact(device: torch.device) -> bool:
 def onednn_prepack(weight: Tensor) -> Tensor:
     """An int8 weight (out, in) in oneDNN's blocked layout."""
     return torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
+
+
+def onednn_unpack(packed: Tensor) -> Tensor:
+    """The int8 weight (out, in) of what [`onednn_prepack`] made."""
+    return packed.to_dense().t().contiguous()
 
 
 def onednn_linear(

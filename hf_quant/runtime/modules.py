@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..qparams import calculate_qparams, dequantize, quantize, quantize_weight, token_qparams
 from ..schemes import Scheme
-from . import kernels
+from . import kernels, ops
 from .base import QuantizedModule, refuse_training
 
 
@@ -18,11 +18,14 @@ class _Int8Weight(QuantizedModule):
     """A module with an int8 buffer `weight`, which the outside sees dequantized."""
 
     shape: torch.Size
+    optimized: ops.Operands | None = None  # set by [`optimize`], which holds the weight from then on
 
     @property
     def int8_weight(self) -> Tensor:
         """The stored weight: int8, (out_features, in_features) or (num_embeddings, embedding_dim)."""
         stored = self._buffers.get("weight")
+        if stored is None and self.optimized is not None:
+            return ops.layer(self.optimized[0]).integers
         if stored is None:
             raise AttributeError("the int8 weight is not there yet")
         return stored
@@ -44,6 +47,9 @@ class _Int8Weight(QuantizedModule):
     @property
     def weight(self) -> Tensor:
         """The weight dequantized, in the shape of the float module's; made anew at each read."""
+        if self.optimized is not None:  # graphs may read it, and cannot read the layout that it is held in
+            values = ops.weight(self.weight_scale, self.optimized[0])
+            return values.t() if self.transposed else values
         stored = self.int8_weight
         if stored.is_meta:  # a shell that is being loaded into: its loader asks for the stored tensor
             return stored
@@ -157,6 +163,8 @@ class Int8Linear(_Int8Weight):
         Raises:
             `RuntimeError`: when trained.
         """
+        if self.optimized is not None:
+            return ops.linear(input, *self.optimized)
         refuse_training(self, input, torch.is_grad_enabled())
         if input.numel() == 0:
             return input.new_zeros(*input.shape[:-1], self.out_features)
@@ -223,9 +231,19 @@ class Int8Linear(_Int8Weight):
             output.add_(self.bias)
         return output.reshape(*input.shape[:-1], self.out_features).to(input.dtype)
 
+    def hand_over(self) -> None:
+        """Hold the weight no more, once `optimized` names who does."""
+        self.unpack()
+        self._buffers["weight"] = None
+
     def unpack(self) -> None:
         """Drop what a kernel prepared of the weight; the next forward prepares it again."""
         self._packed = None
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.optimized is not None:
+            destination[f"{prefix}weight"] = self.int8_weight
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.unpack()  # the weight is overwritten in place

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..qparams import dequantize, dequantize_weight, quantize, quantize_weight, token_qparams
 from ..schemes import Scheme
+from . import ops
 from .base import QuantizedModule, refuse_training
 
 _WORD = 32  # bits
@@ -39,6 +40,7 @@ class PackedLinear(QuantizedModule):
     weight_packed: Tensor
     weight_shape: Tensor
     bias: Tensor | None
+    optimized: ops.Operands | None = None  # set by [`optimize`]
 
     def __init__(
         self,
@@ -134,6 +136,8 @@ class PackedLinear(QuantizedModule):
         Raises:
             `RuntimeError`: when trained.
         """
+        if self.optimized is not None:
+            return ops.linear(input, *self.optimized)
         refuse_training(self, input, torch.is_grad_enabled())
         if input.numel() == 0:
             return input.new_zeros(*input.shape[:-1], self.out_features)

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from hf_quant import cli, quantize, save_quantized
 from hf_quant.inspection import inspect_folder
+from hf_quant.runtime import cpu
 from tests.tiny import int8_model, tiny_bert
 from tests.unit.test_inspection import ATTENTION, pruned_bert
 
@@ -62,6 +63,43 @@ def test_the_command(tmp_path: Path) -> None:
     again = ["inspect", str(tmp_path / "model"), "--json", str(report)]
     assert "exists already" in str(run.invoke(cli.app, again).exception)
     assert run.invoke(cli.app, [*again, "--overwrite"]).exit_code == 0
+
+
+def test_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_QUANT_CACHE", str(tmp_path / "cache"))
+    for scheme in ("int8_dynamic", "int4_weight_only"):
+        save_quantized(quantize(tiny_bert(), scheme, progress=False), tmp_path / scheme)
+    report = tmp_path / "found.json"
+    arguments = ["inspect", str(tmp_path / "int8_dynamic"), "--kernels", "--json", str(report)]
+    done = CliRunner().invoke(cli.app, arguments)
+    assert done.exit_code == 0, done.output
+    rows = [re.split(r" {2,}", line.strip()) for line in done.output.splitlines() if "uint8 x int8" in line]
+    found = {row[1]: row for row in rows}
+    assert set(found) == {"32 x 32", "48 x 32", "32 x 48"}
+    assert found["32 x 32"][2] == "9", "two layers of query, key, value and output, and the pooler"
+    assert cpu.name() in done.output
+    assert "least of several" in done.output
+
+    stored = json.loads(report.read_text(encoding="utf-8"))["kernels"]
+    assert [one["layers"] for one in stored] == [9, 2, 2]
+    assert all(set(one["chosen"]) == {"1", "8", "32", "128", "1024"} for one in stored)
+    one = stored[0]
+    chosen, times = one["chosen"]["8"], one["microseconds"]["8"]
+    words = f"{chosen} {times[chosen]:,.0f}"
+    assert words in found["32 x 32"], "the table says what the file says"
+
+    inspection = inspect_folder(tmp_path / "int4_weight_only", kernels=True)
+    assert {one.product for one in inspection.kernels or ()} == {"bfloat16 x int4 by 32"}
+    assert "float32 activations of weight-only layers are multiplied" in " ".join(str(inspection).split())
+
+
+def test_kernels_of_a_float_model(tmp_path: Path) -> None:
+    tiny_bert().save_pretrained(tmp_path)
+    found = inspect_folder(tmp_path, kernels=True)
+    assert found.kernels == ()
+    assert "No Linear layer is quantized, so there is no kernel to choose." in str(found)
+    assert inspect_folder(tmp_path).kernels is None
+    assert "no kernel to choose" not in str(inspect_folder(tmp_path))
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -1,0 +1,33 @@
+"""What this machine's processor can do, as far as the speed of int8 and bfloat16 depends on it."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+# Ours: torch's name. x86 first, then ARM.
+_FEATURES = {
+    "amx_int8": "amx_int8",
+    "amx_bf16": "amx_bf16",
+    "avx512_vnni": "avx512_vnni",
+    "avx_vnni": "avx_vnni",
+    "avx512_bf16": "avx512_bf16",
+    "avx2": "avx2",
+    "dotprod": "dot",
+    "i8mm": "i8mm",
+    "bf16": "bf16",
+}
+
+
+def features() -> dict[str, bool]:
+    """Which instructions the processor has that multiply int8 or bfloat16, and AVX2; `dotprod`, `i8mm` and `bf16`
+    are ARM's."""
+    found = torch.cpu.get_capabilities()
+    return {ours: bool(found.get(theirs, False)) for ours, theirs in _FEATURES.items()}
+
+
+def name() -> str:
+    """The processor's name as it gives it, or its architecture where it gives none."""
+    named = torch.cpu.get_capabilities().get("cpu_name")
+    return str(named or platform.processor() or platform.machine()).strip()

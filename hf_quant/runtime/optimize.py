@@ -1,0 +1,129 @@
+"""An int8 model made fast on the machine it runs on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from .base import quantized_modules
+from .compiler import CompiledForward
+from .cpu import features
+from .modules import Int8Linear
+from .ops import Layer, prepare
+from .packed import PackedLinear
+from .unpadded import UnpaddedForward
+
+Precision = Literal["auto", "float32", "bfloat16"]
+_NATIVE = ("amx_bf16", "avx512_bf16", "bf16")
+
+
+def optimize(
+    model: nn.Module | str | os.PathLike[str],
+    example_inputs: Any = None,
+    compile: bool = True,
+    dtype: Precision = "auto",
+) -> Any:
+    """Make a quantized model fast on this machine, for inference, in place.
+
+    ```python
+    model = optimize(load_quantized("bert-int8"))
+    model(**tokenizer(texts, padding=True, return_tensors="pt"))
+    ```
+
+    The forward is captured as a graph and rewritten by structure: layers with one input become one product (query,
+    key and value); an activation function between two static layers, and the rounding that follows it, become the end
+    of the first product; attention multiplies in bfloat16 where the CPU does so natively. Which kernel multiplies is
+    measured once a machine for each shape (`hf-quant inspect FOLDER --kernels`). Inductor makes kernels of the rest.
+    Batches with padding run as several batches with little of it, see [`UnpaddedForward`].
+
+    The first call with a new combination of arguments captures a graph, which takes seconds, and minutes where
+    Inductor has nothing in its cache on disk; after it, one graph serves all batch sizes and lengths, and another
+    batches of one. `model(...)`, `generate` and `pipeline` go on working, from several threads too; saving writes
+    what it did before. What comes out differs by the rounding of bfloat16 in attention; with `dtype="float32"` by no
+    more than the rounding of sums. Optimize last: an optimized model is not moved, cast, copied or trained.
+
+    On CUDA the integer products run through `torch._int_mm` and Inductor's epilogues; nothing is rewritten.
+
+    Args:
+        model (`torch.nn.Module` or `str`): a quantized model, or its folder or hub id for [`load_quantized`].
+        example_inputs (`Mapping`, tuple, tensor, or a list of them, *optional*):
+            Arguments of the forward, with which graphs are made now instead of at the first call.
+        compile (`bool`, *optional*, defaults to `True`):
+            Whether Inductor compiles what is between the products, which needs a C++ compiler (without one, a warning
+            says so). Otherwise the rewritten graph runs operation by operation: slower, and ready in a second.
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            Of what is not a product of integers. `"auto"`: float32, but attention's products in bfloat16 on CPUs that
+            multiply it natively; `"float32"`: all of it; `"bfloat16"`: all of it, and so are the outputs.
+
+    Returns:
+        the same model, in eval mode.
+
+    Raises:
+        `ValueError`: if the model is not quantized, is optimized already, or `dtype` is unknown.
+    """
+    if dtype not in get_args(Precision):
+        raise ValueError(f"dtype={dtype!r} is unknown: choose one of {', '.join(get_args(Precision))}.")
+    if isinstance(model, (str, os.PathLike)):
+        from ..checkpoint import load_quantized
+
+        model = cast(nn.Module, load_quantized(model))
+    modules = {name: module for name, module in quantized_modules(model).items() if _has_product(module)}
+    if not modules:
+        raise ValueError(
+            f"{type(model).__name__} has no quantized Linear layer, so there is nothing to optimize. Quantize it "
+            "first: hf_quant.quantize_dynamic(model), or load an int8 folder with hf_quant.load_quantized."
+        )
+    if isinstance(model.__dict__.get("forward"), UnpaddedForward):
+        raise ValueError(f"this {type(model).__name__} is optimized already. Load it again for other settings.")
+    device = next(iter(modules.values())).weight_scale.device
+    model.eval()
+    layers = {}
+    if device.type == "cpu":
+        for module in modules.values():  # before a cast: scales stay float32
+            layer = _layer(module)
+            layers[layer.number] = layer
+            cast(Any, module).optimized = layer.operands()
+            if isinstance(module, Int8Linear):
+                module.hand_over()
+    if dtype == "bfloat16":
+        model.to(torch.bfloat16)
+    bfloat16 = dtype == "bfloat16" or (dtype == "auto" and native_bfloat16())
+    forward = CompiledForward(model, layers, compile, bfloat16)
+    model.forward = UnpaddedForward(forward, getattr(model, "config", None))
+    for inputs in _examples(example_inputs):
+        if isinstance(inputs, Mapping):
+            model(**inputs)
+        else:
+            model(*inputs)
+    return model
+
+
+def native_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 natively."""
+    found = features()
+    return any(found.get(name) for name in _NATIVE)
+
+
+def _has_product(module: nn.Module) -> bool:
+    # Groups with dynamic activations have no integer product here; they stay as they are.
+    return isinstance(module, Int8Linear) or (isinstance(module, PackedLinear) and module.scheme.activations is None)
+
+
+def _layer(module: Any) -> Layer:
+    bias = None if module.bias is None else module.bias.float()
+    ranges: tuple[float, int] | tuple[()] = ()
+    if module.scheme.activations == "static":
+        ranges = (float(module.input_scale), int(module.input_zero_point) + 128)
+    return prepare(module.scheme, module.integers, module.weight_scale.float(), bias, *ranges)
+
+
+def _examples(inputs: Any) -> list[Any]:
+    """Each example as the arguments of one call."""
+    if inputs is None:
+        return []
+    several = inputs if isinstance(inputs, list) else [inputs]
+    return [(one,) if isinstance(one, Tensor) else one for one in several]

@@ -1,0 +1,310 @@
+"""Rewriting the graph of a quantized model, found by structure: fewer, larger integer products."""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from . import ops
+from .ops import Layer, prepare
+
+# What may stand between a score's product, its softmax and the product with the values.
+_BETWEEN = (
+    "add",
+    "iadd",
+    "mul",
+    "imul",
+    "truediv",
+    "sub",
+    "float",
+    "to",
+    "type_as",
+    "masked_fill",
+    "dropout",
+    "contiguous",
+)
+_PRODUCTS = (torch.matmul, torch.bmm, operator.matmul)
+_POSTS: dict[Any, Callable[[fx.Node], str | None]] = {
+    F.relu: lambda node: "relu",
+    torch.relu: lambda node: "relu",
+    F.gelu: lambda node: {"none": "gelu", "tanh": "gelu_tanh"}.get(str(node.kwargs.get("approximate", "none"))),
+    F.scaled_dot_product_attention: lambda node: None,
+}
+
+
+@dataclass
+class Rewritten:
+    """What was found in one graph.
+
+    Args:
+        layers (`int`): quantized layers.
+        merged (`int`): products that stand for several layers with one input.
+        fused (`int`): activation functions, with the next layer's rounding, that a product took in.
+        attentions (`int`): attentions, or products of one, in bfloat16.
+        owned (list of [`Layer`]): made here; whoever keeps the graph keeps them.
+    """
+
+    layers: int = 0
+    merged: int = 0
+    fused: int = 0
+    attentions: int = 0
+    owned: list[Layer] = field(default_factory=list)
+
+
+def rewrite(
+    module: fx.GraphModule, merge: Callable[[list[Layer]], Layer], attention: Callable[..., Tensor] | None
+) -> Rewritten:
+    """Rewrites a graph that Dynamo captured, in place; what it computes stays the same up to rounding.
+
+    Args:
+        module (`torch.fx.GraphModule`): at the level of torch functions, with example values, for inference.
+        merge (callable): makes one layer of several, and is asked once for the same ones.
+        attention (callable, *optional*): what stands for `scaled_dot_product_attention`; `None`: it stays, and so do
+            products around a softmax.
+
+    Returns:
+        [`Rewritten`]: what was done.
+    """
+    graph, found = module.graph, Rewritten()
+    _drop_dropout(graph)
+    found.layers = sum(1 for _ in _linears(graph))
+    _merge(graph, merge, found)
+    for node in list(_linears(graph)):
+        _expand(graph, node)
+    _fuse(graph, found)
+    if attention is not None:
+        _attention(graph, attention, found)
+    graph.eliminate_dead_code()
+    graph.lint()
+    module.recompile()
+    return found
+
+
+def _linears(graph: fx.Graph) -> Iterator[fx.Node]:
+    return (node for node in graph.nodes if node.op == "call_function" and node.target is ops.linear)
+
+
+def _args(node: fx.Node) -> tuple[Any, ...]:
+    return node.args
+
+
+def _layer(node: fx.Node) -> Layer:
+    return ops.layer(_args(node)[1])
+
+
+def _drop_dropout(graph: fx.Graph) -> None:
+    """Takes dropout that does nothing out of the way of what looks at neighbours."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target is F.dropout:
+            training = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", True)
+            if training is False:
+                node.replace_all_uses_with(node.args[0])
+                graph.erase_node(node)
+
+
+def _merge(graph: fx.Graph, merge: Callable[[list[Layer]], Layer], found: Rewritten) -> None:
+    """One product for layers with one input that quantize it alike."""
+    groups: dict[tuple[Any, ...], list[fx.Node]] = defaultdict(list)
+    for node in _linears(graph):
+        here = _layer(node)
+        if here.scheme.activations is not None:
+            ranges = (here.scheme.activations, here.scheme.symmetric, here.scale, here.zero_point)
+            groups[(node.args[0], ranges)].append(node)
+    for nodes in groups.values():
+        if len({node.args[1] for node in nodes}) < max(2, len(nodes)):  # alone, or one layer called twice
+            continue
+        whole = merge([_layer(node) for node in nodes])
+        with graph.inserting_before(nodes[0]):
+            constants = [_joined(graph, nodes, place) for place in (2, 3)]
+            output = graph.call_function(ops.linear, (nodes[0].args[0], whole.number, *constants))
+            start = 0
+            for node in nodes:
+                width = _layer(node).out_features
+                part = graph.call_function(torch.narrow, (output, -1, start, width))
+                part.meta = dict(node.meta)
+                node.replace_all_uses_with(part)
+                start += width
+        for node in nodes:
+            graph.erase_node(node)
+        found.merged += 1
+        found.owned.append(whole)
+
+
+def _joined(graph: fx.Graph, nodes: list[fx.Node], place: int) -> fx.Node | None:
+    """One operand of several layers, side by side; where only some have a bias, the others' is 0."""
+    parts = [node.args[place] for node in nodes]
+    if all(part is None for part in parts):
+        return None
+    zeros = [(_layer(node).out_features,) for node in nodes]
+    parts = [
+        graph.call_function(torch.zeros, zero) if part is None else part
+        for part, zero in zip(parts, zeros, strict=True)
+    ]
+    return graph.call_function(torch.cat, (parts,))
+
+
+def _expand(graph: fx.Graph, node: fx.Node) -> None:
+    """Quantizing, product and rescaling as nodes of their own, for Inductor to fuse with what is around them."""
+    input, number, bias, row_sums = _args(node)
+    here = ops.layer(number)
+    if here.scheme.activations is None:
+        return
+    dtype = node.meta["example_value"].dtype if "example_value" in node.meta else torch.float32
+    with graph.inserting_before(node):
+        if here.scheme.activations == "static":
+            quantized = graph.call_function(ops.quantize_static, (input, here.scale, here.zero_point))
+            wide = dtype if dtype == torch.bfloat16 else torch.float32
+            new = _product(graph, quantized, number, here.scale, here.zero_point, wide)
+            if dtype != wide:
+                new = graph.call_function(torch.Tensor.to, (new, dtype))
+        else:
+            parts = graph.call_function(ops.quantize_by_token, (input, here.scheme.symmetric))
+            quantized, scale, zeros = (graph.call_function(operator.getitem, (parts, index)) for index in range(3))
+            product = _product(graph, quantized, number, 1.0, 128, torch.float32)
+            beside = (None if here.scheme.symmetric else zeros, row_sums, bias, dtype)
+            new = graph.call_function(ops.rescale_by_token, (product, scale, *beside))
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+
+
+def _product(
+    graph: fx.Graph, quantized: fx.Node, number: int, scale: float, zero_point: int, dtype: Any, *post: Any
+) -> fx.Node:
+    post = post or ("none", 1.0, 0)
+    return graph.call_function(ops.product, (quantized, number, scale, zero_point, dtype, *post))
+
+
+def _fuse(graph: fx.Graph, found: Rewritten) -> None:
+    """An activation function between two static layers, and the second one's rounding, as the end of the first."""
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target is not ops.quantize_static:
+            continue
+        _, scale, zero_point = node.args
+        between = node.args[0]
+        post = _POSTS.get(between.target, lambda _: None)(between) if between.op == "call_function" else None
+        if post is None:
+            continue
+        product = between.args[0]
+        if product.target is not ops.product or len(product.users) > 1:
+            continue
+        # All that read the activation must be this rounding, else the float values are needed too.
+        alike = [
+            user for user in between.users if user.target is ops.quantize_static and user.args[1:] == node.args[1:]
+        ]
+        if len(alike) != len(between.users):
+            continue
+        quantized, number, in_scale, in_zero_point = product.args[:4]
+        with graph.inserting_before(product):
+            new = _product(graph, quantized, number, in_scale, in_zero_point, torch.uint8, post, scale, zero_point)
+        for user in alike:
+            user.replace_all_uses_with(new)
+        for done in (*alike, between, product):
+            graph.erase_node(done)
+        found.fused += 1
+
+
+def _attention(graph: fx.Graph, attention: Callable[..., Tensor], found: Rewritten) -> None:
+    masks: dict[fx.Node, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target is F.scaled_dot_product_attention:
+            found.attentions += _whole_attention(graph, node, attention, masks)
+        elif node.target in (F.softmax, torch.softmax) or (node.op == "call_method" and node.target == "softmax"):
+            for product in _around(node):
+                found.attentions += _in_bfloat16(graph, product)
+
+
+def _whole_attention(
+    graph: fx.Graph, node: fx.Node, attention: Callable[..., Tensor], masks: dict[fx.Node, fx.Node]
+) -> bool:
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    query, mask, causal = given["query"], given.get("attn_mask"), given.get("is_causal", False)
+    value = query.meta.get("example_value")
+    if given.get("dropout_p", 0.0) != 0.0 or not isinstance(causal, bool) or value is None or value.ndim != 4:
+        return False
+    if value.dtype not in (torch.float32, torch.bfloat16) or value.device.type != "cpu":
+        return False
+    scale = given.get("scale")
+    if scale is None:
+        scale = float(value.shape[-1]) ** -0.5
+    with graph.inserting_before(node):
+        if mask is not None:
+            if mask not in masks:
+                masks[mask] = graph.call_function(ops.additive_mask, (mask,))
+            mask = masks[mask]
+        new = graph.call_function(attention, (query, given["key"], given["value"], mask, causal, scale))
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+    return True
+
+
+def _around(softmax: fx.Node) -> list[fx.Node]:
+    """The product of scores before a softmax and the one of values after it, in models that write them out."""
+    before, after = softmax.args[0], softmax
+    while isinstance(before, fx.Node) and _name(before) in _BETWEEN:
+        before = before.args[0]
+    while len(after.users) == 1 and _name(user := next(iter(after.users))) in _BETWEEN:
+        after = user
+    found = [before] if isinstance(before, fx.Node) and before.target in _PRODUCTS else []
+    return found + [user for user in after.users if user.target in _PRODUCTS and user.args[0] is after]
+
+
+def _name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def _in_bfloat16(graph: fx.Graph, product: fx.Node) -> bool:
+    value = product.meta.get("example_value")
+    if value is None or value.dtype != torch.float32 or value.device.type != "cpu" or value.ndim < 3:
+        return False
+    with graph.inserting_before(product):
+        new = graph.call_function(bfloat16_product, product.args)
+    new.meta = dict(product.meta)
+    product.replace_all_uses_with(new)
+    graph.erase_node(product)
+    return True
+
+
+def bfloat16_product(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right` with factors rounded to bfloat16, as float32."""
+    return torch.matmul(left.to(torch.bfloat16), right.to(torch.bfloat16)).float()
+
+
+def merged_layer(layers: list[Layer]) -> Layer:
+    """One layer whose output is that of several with one input, side by side.
+
+    Args:
+        layers (list of [`Layer`]): with the same scheme, scale and zero point.
+    """
+    first = layers[0]
+    bias = None
+    if any(layer.bias is not None for layer in layers):
+        bias = torch.cat([_bias(layer) for layer in layers])
+    whole = prepare(
+        first.scheme,
+        torch.cat([layer.integers for layer in layers]),
+        torch.cat([layer.weight_scale.flatten() for layer in layers]),
+        bias,
+        first.scale,
+        first.zero_point,
+    )
+    start = 0
+    for layer in layers:
+        layer.give_to(whole, start)
+        start += layer.out_features
+    return whole
+
+
+def _bias(layer: Layer) -> Tensor:
+    return torch.zeros(layer.out_features) if layer.bias is None else layer.bias
