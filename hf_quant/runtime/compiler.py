@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo.exc import Unsupported
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from .attention import attention, plain_attention
 from .ops import Layer
@@ -48,26 +48,26 @@ class CompiledForward:
         self._compile = compile and compiler_available()
         self._lock = threading.Lock()
         self._forward, self._bfloat16 = forward, bfloat16
-        self._whole = True
-        self._make()
+        self._whole, self._parts = self._compiled(whole=True), self._compiled(whole=False)
+        self._in_parts = False
 
-    def _make(self) -> None:
-        """The compiled forwards for short and for long inputs; nothing is compiled before they are called."""
+    def _compiled(self, whole: bool) -> list[Callable[..., Any]]:
+        """Forwards for short and for long inputs; nothing is compiled before they are called."""
         # Weights and settings of a model that is used and not trained do not change, so graphs need not ask. But where
         # a graph breaks, the rest of a layer's forward is compiled by itself, once for all layers of its class: there
         # only the guards tell one layer from another.
-        options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe} if self._whole else {}
-        self._short, self._long = (
+        options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe} if whole else {}
+        return [
             torch.compile(  # type: ignore[call-overload]  # its overloads lack the last arguments
                 self._forward,
                 backend=functools.partial(self._backend, products),
-                fullgraph=self._whole,
+                fullgraph=whole,
                 recompile_limit=_GRAPHS,
                 isolate_recompiles=True,
                 options=options,
             )
             for products in (self._bfloat16, False)
-        )
+        ]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's forward.
@@ -82,17 +82,16 @@ class CompiledForward:
         long = _length(args, kwargs) > LONGEST_PRODUCTS
         # Graphs depend on these modes: all callers are to share them.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+            if self._in_parts:
+                return self._parts[long](*args, **kwargs)
             try:
-                return (self._long if long else self._short)(*args, **kwargs)
-            except Unsupported as error:  # raised by what captures the graph, before anything ran
-                with self._lock:
-                    if self._whole:
-                        logger.warning(
-                            "the forward is captured in parts, which is slower: %s", str(error).split("\n")[0]
-                        )
-                        self._whole = False
-                        self._make()
-            return (self._long if long else self._short)(*args, **kwargs)
+                return self._whole[long](*args, **kwargs)
+            except (TorchDynamoException, FailOnRecompileLimitHit) as error:  # before anything ran
+                reason = str(error).split("\n")[0]
+            output = self._parts[long](*args, **kwargs)  # raises what is the caller's mistake
+            logger.warning("the forward is captured in parts, which is slower: %s", reason)
+            self._in_parts = True
+            return output
 
     def __reduce__(self) -> Any:
         raise TypeError(

@@ -72,6 +72,10 @@ class Layer:
             return whole.integers[start : start + self.out_features]
         return self.weight.integers
 
+    def weight_form(self) -> tuple[int, int]:
+        """Bits of the weight, and scales to a row."""
+        return self.scheme.bits, self.weight_scale.numel() // self.out_features
+
     def give_to(self, whole: Layer, start: int) -> None:
         """Holds the weight no more: it is in the rows of another layer's from `start` on."""
         self._place, self._weight = (whole, start), None

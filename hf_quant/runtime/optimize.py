@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .base import quantized_modules
 from .compiler import CompiledForward
 from .cpu import features
+from .half import halve
 from .modules import Int8Linear
 from .ops import Layer, prepare
 from .packed import PackedLinear
@@ -89,6 +90,8 @@ def optimize(
             cast(Any, module).optimized = layer.operands()
             if isinstance(module, Int8Linear):
                 module.hand_over()
+        if dtype != "float32":
+            halve(model)
     if dtype == "bfloat16":
         model.to(torch.bfloat16)
     bfloat16 = dtype == "bfloat16" or (dtype == "auto" and native_bfloat16())

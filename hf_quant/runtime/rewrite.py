@@ -81,7 +81,8 @@ def rewrite(
     _fuse(graph, found)
     if attention is not None:
         _attention(graph, attention, found)
-    graph.eliminate_dead_code()
+    # No other node: a method that changes its tensor, such as a static cache's, has no users either.
+    graph.eliminate_dead_code(lambda node: node.target is not operator.getitem)
     graph.lint()
     module.recompile()
     return found
@@ -114,9 +115,9 @@ def _merge(graph: fx.Graph, merge: Callable[[list[Layer]], Layer], found: Rewrit
     groups: dict[tuple[Any, ...], list[fx.Node]] = defaultdict(list)
     for node in _linears(graph):
         here = _layer(node)
-        if here.scheme.activations is not None:
-            ranges = (here.scheme.activations, here.scheme.symmetric, here.scale, here.zero_point)
-            groups[(node.args[0], ranges)].append(node)
+        # Weights alone are alike in how many bits there are, and scales to a row.
+        alike = (here.scheme.activations, here.scheme.symmetric, here.scale, here.zero_point, here.weight_form())
+        groups[(node.args[0], alike)].append(node)
     for nodes in groups.values():
         if len({node.args[1] for node in nodes}) < max(2, len(nodes)):  # alone, or one layer called twice
             continue
@@ -294,7 +295,7 @@ def merged_layer(layers: list[Layer]) -> Layer:
     whole = prepare(
         first.scheme,
         torch.cat([layer.integers for layer in layers]),
-        torch.cat([layer.weight_scale.flatten() for layer in layers]),
+        torch.cat([layer.weight_scale.view(layer.out_features, -1) for layer in layers]),
         bias,
         first.scale,
         first.zero_point,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import logging
@@ -10,10 +11,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from .grouping import split_batch
 
 logger = logging.getLogger(__name__)
 
@@ -26,43 +28,6 @@ _ROWS, _LENGTH = -1, -2
 # Of an output's root mean square. Roundings of int8 and bfloat16 were seen to change a token of a 24-layer model by up
 # to 0.12 of it; what a model makes of padding that it does not ignore is larger.
 _TOLERANCE = 0.25
-
-
-def split_batch(lengths: Sequence[int], overhead: int) -> list[list[int]]:
-    """The rows of a batch in the groups that cost least, each padded to its longest row.
-
-    A group costs `overhead + rows * longest` tokens. No other grouping costs less.
-
-    Args:
-        lengths (sequence of `int`): tokens of each row, at least 0.
-        overhead (`int`): what one more forward costs, in tokens, at least 0.
-
-    Returns:
-        `list[list[int]]`: the numbers of the rows in each group, each row once; groups by length, shortest first.
-
-    Raises:
-        `ValueError`: if `overhead` or a length is negative.
-    """
-    if overhead < 0:
-        raise ValueError(f"overhead is {overhead}, but a forward costs at least 0 tokens. Give 0 or more.")
-    if min(lengths, default=0) < 0:
-        raise ValueError(f"a row has {min(lengths)} tokens. Lengths are 0 or more.")
-    order = sorted(range(len(lengths)), key=lambda row: lengths[row])
-    # Rows of one length stay together: taking some of them into a group of longer rows never helps.
-    distinct, counts = np.unique(np.asarray(lengths, dtype=np.int64), return_counts=True)
-    ends = np.concatenate([[0], np.cumsum(counts)])
-    cost = np.zeros(len(ends), dtype=np.int64)  # of the rows before each end
-    start = np.zeros(len(ends), dtype=np.int64)  # of the last group among them
-    for last, longest in enumerate(distinct, start=1):
-        costs = cost[:last] + overhead + (ends[last] - ends[:last]) * longest
-        start[last] = costs.argmin()
-        cost[last] = costs[start[last]]
-    groups = []
-    last = len(distinct)
-    while last:
-        groups.append(order[ends[start[last]] : ends[last]])
-        last = int(start[last])
-    return groups[::-1]
 
 
 class UnpaddedForward:
@@ -78,25 +43,28 @@ class UnpaddedForward:
     without a 2-D `attention_mask` of ones and then zeros (or zeros and then ones), and with arguments other than flags
     and tensors of one entry for each token (labels, caches, images, a decoder's inputs).
 
+    Batches of more than `most` tokens are split too, with or without padding: what lies between two layers then stays
+    in the CPU's caches.
+
     Padding on the left is only cut where that moves no position: `position_ids` are given, or rotary.
 
     Args:
         forward (callable): of a model, bound; its outputs have the rows of the batch as first dimension.
         config (`PreTrainedConfig`): of the model.
-        overhead (`int`): what one more forward costs, in tokens, at least 0.
+        overhead (`int`, *optional*, defaults to 64): what one more forward costs, in tokens, at least 0.
+        most (`int`, *optional*, defaults to 2048): tokens that a forward of several rows may have, at least 1.
 
     Raises:
-        `ValueError`: if `overhead` is negative.
+        `ValueError`: if `overhead` is negative, or `most` is less than 1.
     """
 
-    def __init__(self, forward: Callable[..., Any], config: Any, overhead: int = 64) -> None:
-        if overhead < 0:
-            raise ValueError(f"overhead is {overhead}, but a forward costs at least 0 tokens. Give 0 or more.")
+    def __init__(self, forward: Callable[..., Any], config: Any, overhead: int = 64, most: int = 2048) -> None:
+        split_batch([], overhead, most)  # checks them
         # Not the attributes: a compiled forward's would make Dynamo take this object for that one.
         functools.update_wrapper(self, forward, updated=())
         self.__signature__ = inspect.signature(forward)
         self._forward = forward
-        self._overhead = overhead
+        self._overhead, self._most = overhead, most
         kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         self._names = [name for name, value in self.__signature__.parameters.items() if value.kind in kinds]
         self._relative, self._splits = _has_rotary_positions(config), _may_be_split(config, self.__signature__)
@@ -111,7 +79,7 @@ class UnpaddedForward:
         padding = _read_padding(given) if len(args) <= len(self._names) else None
         if padding is None or (padding.left and not self._relative and given.get("position_ids") is None):
             return self._forward(*args, **kwargs)
-        groups = split_batch(padding.lengths, self._overhead)
+        groups = split_batch(padding.lengths, self._overhead, self._most)
         if len(groups) == 1 and padding.longest(groups[0]) == padding.total:
             return self._forward(*args, **kwargs)
 
@@ -146,7 +114,14 @@ class UnpaddedForward:
         try:
             _refuse_other_outputs(whole)
             parts = list(self._run(padding, groups, args, kwargs))
-            layout = _find_layout(whole, parts, groups, padding)
+            seen = [(part, len(rows), padding.longest(rows)) for part, rows in zip(parts, groups, strict=True)]
+            if padding.total > 1 and all(length == padding.total for _, _, length in seen):
+                # A token less, so that the dimension of the tokens shows too.
+                shorter = dataclasses.replace(padding, lengths=[padding.total - 1] * len(padding.lengths))
+                seen += [
+                    (part, len(groups[0]), padding.total - 1) for part in self._run(shorter, groups[:1], args, kwargs)
+                ]
+            layout = _find_layout(whole, seen, padding)
             _compare(whole, _join(parts, groups, padding, layout), padding, layout)
         except Exception as error:  # whatever the model does not take; the whole batch is right
             logger.warning("batches run with their padding: %s", error)
@@ -204,8 +179,10 @@ def _may_be_split(config: Any, signature: inspect.Signature) -> bool:
 
 
 def _read_padding(given: Mapping[str, Any]) -> _Padding | None:
-    """The padding of a batch; `None` if there is no batch, no mask, or an argument that cannot be cut."""
+    """The padding of a batch, none where there is no mask; `None` if there is no batch, or what cannot be cut."""
     mask = given.get("attention_mask")
+    if mask is None and isinstance(given.get("input_ids"), Tensor):
+        mask = torch.ones_like(given["input_ids"])
     if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[0] < 2:
         return None
     for name, value in given.items():
@@ -236,10 +213,16 @@ def _refuse_other_outputs(whole: Any) -> None:
             )
 
 
-def _find_layout(whole: Any, parts: list[Any], groups: list[list[int]], padding: _Padding) -> _Layout:
-    """Which dimensions of outputs are rows and tokens: those that are as many in the whole batch and in each group."""
+def _find_layout(whole: Any, parts: list[tuple[Any, int, int]], padding: _Padding) -> _Layout:
+    """Which dimensions of outputs are rows and tokens: those that are as many in the whole batch and in each part.
+
+    Args:
+        whole: the outputs of the batch.
+        parts: outputs of some of its rows, with how many rows and tokens a row they are of.
+        padding ([`_Padding`]): of the batch.
+    """
     outputs, structure = tree_flatten(whole)
-    flat = [tree_flatten(part)[0] for part in parts]
+    flat = [tree_flatten(part)[0] for part, _, _ in parts]
     if any(len(leaves) != len(outputs) for leaves in flat):
         raise ValueError("the structure of the outputs depends on the batch.")
     shapes: list[tuple[int, ...] | None] = []
@@ -248,8 +231,7 @@ def _find_layout(whole: Any, parts: list[Any], groups: list[list[int]], padding:
             shapes.append(None)
             continue
         seen = [
-            (tuple(leaves[index].shape), len(rows), padding.longest(rows))
-            for leaves, rows in zip(flat, groups, strict=True)
+            (tuple(leaves[index].shape), rows, length) for leaves, (_, rows, length) in zip(flat, parts, strict=True)
         ]
         seen.append((tuple(output.shape), len(padding.lengths), padding.total))
         shapes.append(_find_shape(seen))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..qparams import dequantize_weight
-from . import choice
+from . import choice, half
 
 _GROUPS = (256, 128, 64, 32)  # that torch's int4 product knows, the largest first
 _ALIGNED = 64  # bytes
@@ -19,7 +20,9 @@ class PreparedWeightOnly:
     """One layer's integer weight, ready for products with activations that stay float.
 
     float32 activations are multiplied by the weight dequantized to float32, made at the first product and held beside
-    the integers: torch's products of float32 and integers are ten times slower on x86. For bfloat16 activations torch
+    the integers: torch's products of float32 and integers are ten times slower on x86. With one scale a row, the
+    integers themselves are multiplied in float16 (`"float16"`), which holds them exactly at half of the bytes, with
+    sums in float32. For bfloat16 activations torch
     has products that read the integers (`"int8pack"`: 8 bits, one scale a row; `"int4pack"`: 4 bits, groups of
     multiples of 32), which are taken for the numbers of tokens where they are the fastest here; elsewhere the weight
     is dequantized to bfloat16. They round scales and results to bfloat16, and nothing else, where dequantization
@@ -57,7 +60,7 @@ class PreparedWeightOnly:
             )
         self.integers, self.scale, self.bits = integers, scale.detach(), bits
         self.bias = None if bias is None else bias.detach()
-        self._forms: dict[str, tuple[Tensor, ...]] = {}
+        self._forms: dict[str, tuple[Any, ...]] = {}
         self._choose = kernels
         self._names: dict[tuple[torch.dtype, int], str] = {}
 
@@ -111,7 +114,7 @@ class PreparedWeightOnly:
             self._names[key] = name
         return name
 
-    def _form(self, kernel: str) -> tuple[Tensor, ...]:
+    def _form(self, kernel: str) -> tuple[Any, ...]:
         form = self._forms.get(kernel)
         if form is None:
             form = self._forms[kernel] = prepare(kernel, self.integers, self.scale)
@@ -129,7 +132,7 @@ def kernels_for(in_features: int, out_features: int, group: int, bits: int, dtyp
         dtype (`torch.dtype`): float32 or bfloat16.
     """
     if dtype == torch.float32:
-        return ("float32",)
+        return ("float16", "float32") if group == in_features and half.available() else ("float32",)
     # torch's int8 product reads 16 inputs at a time, beyond the end of a row where they are no multiple.
     if bits == 8 and group == in_features and in_features % 16 == 0 and _is_right("int8pack"):
         return "int8pack", "bfloat16"
@@ -138,7 +141,7 @@ def kernels_for(in_features: int, out_features: int, group: int, bits: int, dtyp
     return ("bfloat16",)
 
 
-def prepare(kernel: str, integers: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+def prepare(kernel: str, integers: Tensor, scale: Tensor) -> tuple[Any, ...]:
     """What a kernel wants of int8 integers (out, in) and scales (out, groups)."""
     if kernel == "int8pack":
         return _aligned(integers), scale.flatten().to(torch.bfloat16)
@@ -149,10 +152,12 @@ def prepare(kernel: str, integers: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
         scales = scale.repeat_interleave(group // known, dim=1).t()
         beside = torch.stack((scales, torch.zeros_like(scales)), dim=-1).to(torch.bfloat16).contiguous()
         return packed, beside
+    if kernel == "float16":
+        return half.pack(integers, None), scale.flatten().float()
     return (dequantize_weight(integers, scale).to(getattr(torch, kernel)),)
 
 
-def multiply(kernel: str, x: Tensor, form: tuple[Tensor, ...]) -> Tensor:
+def multiply(kernel: str, x: Tensor, form: tuple[Any, ...]) -> Tensor:
     """`x` (tokens, in) times the weight that [`prepare`] made for a kernel."""
     if kernel == "int8pack":
         return torch.ops.aten._weight_int8pack_mm(_aligned(x), *form)
@@ -161,6 +166,8 @@ def multiply(kernel: str, x: Tensor, form: tuple[Tensor, ...]) -> Tensor:
         return torch.ops.aten._weight_int4pack_mm_for_cpu(
             x.contiguous(), packed, x.shape[1] // beside.shape[0], beside
         )
+    if kernel == "float16":
+        return half.multiply(x, form[0]).mul_(form[1])
     return torch.mm(x, form[0].t())
 
 
@@ -189,7 +196,7 @@ def times(
             forms[name] = [prepare(name, integers.clone(), scale) for _ in range(choice.copies(in_features, rows))]
         return choice.measure(calls, limit)
 
-    forms: dict[str, list[tuple[Tensor, ...]]] = {}
+    forms: dict[str, list[tuple[Any, ...]]] = {}
     what = f"int{bits} by {group}, {str(dtype).removeprefix('torch.')} {out_features}x{in_features} {limit}"
     return {name: value * out_features / rows for name, value in choice.remembered(what, names, measure).items()}
 
