@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
 
 # Before transformers is imported anywhere.
 os.environ.update(
@@ -43,3 +44,14 @@ torch.set_num_threads(1)
 def _one_thread_and_seed() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Products of optimized models by one kernel, whatever is the fastest here; graphs are dropped afterwards."""
+    from hf_quant.runtime import choice, products
+
+    kernel = products.exact_kernels()[0]
+    monkeypatch.setattr(choice, "choose", lambda *_: kernel)
+    yield
+    torch._dynamo.reset()

@@ -78,10 +78,10 @@ class CompiledForward:
         model = self._model()
         if model is not None and model.training:
             raise RuntimeError("an optimized model is for inference: call model.eval(), or train a float checkpoint.")
-        args, kwargs = torch.utils._pytree.tree_map_only(Tensor, _any_shape, (args, kwargs))
         long = _length(args, kwargs) > LONGEST_PRODUCTS
         # Graphs depend on these modes: all callers are to share them.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+            args, kwargs = torch.utils._pytree.tree_map_only(Tensor, _any_shape, (args, kwargs))
             if self._in_parts:
                 return self._parts[long](*args, **kwargs)
             try:
@@ -121,8 +121,8 @@ class CompiledForward:
 
 
 def _any_shape(tensor: Tensor) -> Tensor:
-    """An alias whose first two dimensions a graph may not take for fixed."""
-    alias = tensor.detach()
+    """An alias, or a copy, whose first two dimensions a graph may not take for fixed."""
+    alias = tensor.clone() if tensor.is_inference() else tensor.detach()  # graphs tell the two apart
     for dim in range(min(2, alias.ndim)):
         if alias.shape[dim] > 1:
             torch._dynamo.maybe_mark_dynamic(alias, dim)

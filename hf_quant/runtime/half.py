@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import weakref
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,7 @@ def halve(model: nn.Module) -> list[str]:
     for name, module in model.named_modules():
         if type(module) is nn.Linear and module.weight.numel() >= LEAST_WEIGHTS and _fits(module.weight):
             module.__class__ = HalfLinear
-            module.half_copy = _Half()
+            cast(HalfLinear, module).half_copy = _Half()
             found.append(name)
     return found
 

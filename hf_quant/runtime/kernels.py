@@ -46,7 +46,7 @@ def use_kernel(kernel: Kernel | None) -> Iterator[None]:
 def choose_kernel(device: torch.device) -> Kernel:
     """The kernel for int8 products on a device: forced by [`use_kernel`], or the fastest exact one there."""
     if torch.compiler.is_compiling():
-        return "reference"  # plain tensor maths, which a compiler can fuse
+        return _compiled_kernel(device.type)
     forced = _forced.get()
     if forced is not None:
         return forced
@@ -55,6 +55,12 @@ def choose_kernel(device: torch.device) -> Kernel:
     if device.type == "cuda" and int_mm_is_exact(device):
         return "int_mm"
     return "reference"
+
+
+@torch.compiler.assume_constant_result
+def _compiled_kernel(device: str) -> Kernel:
+    """What a compiler can fuse with its surroundings: products of integers on CUDA, elsewhere plain tensor maths."""
+    return "int_mm" if device == "cuda" and int_mm_is_exact(torch.device(device)) else "reference"
 
 
 @functools.cache

@@ -241,9 +241,9 @@ class Int8Linear(_Int8Weight):
         self._packed = None
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.optimized is not None:
+        if self.optimized is not None:  # first, as without
             destination[f"{prefix}weight"] = self.int8_weight
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.unpack()  # the weight is overwritten in place

@@ -153,6 +153,8 @@ def rescale_by_token(
 
 def _linear(input: Tensor, layer: int, bias: Tensor | None, row_sums: Tensor | None) -> Tensor:
     here = _LAYERS[layer]
+    if input.numel() == 0:  # which has no range
+        return input.new_empty(*input.shape[:-1], here.out_features)
     if here.scheme.activations is None:
         return _weight_only(input, layer)
     if here.scheme.activations == "static":

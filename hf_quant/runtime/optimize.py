@@ -41,6 +41,8 @@ def optimize(
     measured once a machine for each shape (`hf-quant inspect FOLDER --kernels`). Inductor makes kernels of the rest.
     Batches with padding run as several batches with little of it, see [`UnpaddedForward`].
 
+    Decoders generate fastest with `cache_implementation="static"`: a step then has one graph, with the prompt's another.
+
     The first call with a new combination of arguments captures a graph, which takes seconds, and minutes where
     Inductor has nothing in its cache on disk; after it, one graph serves all batch sizes and lengths, and another
     batches of one. `model(...)`, `generate` and `pipeline` go on working, from several threads too; saving writes
@@ -84,6 +86,7 @@ def optimize(
     model.eval()
     layers = {}
     if device.type == "cpu":
+        _leave_file(model)
         for module in modules.values():  # before a cast: scales stay float32
             layer = _layer(module)
             layers[layer.number] = layer
@@ -122,6 +125,22 @@ def _layer(module: Any) -> Layer:
     if module.scheme.activations == "static":
         ranges = (float(module.input_scale), int(module.input_zero_point) + 128)
     return prepare(module.scheme, module.integers, module.weight_scale.float(), bias, *ranges)
+
+
+def _leave_file(model: nn.Module) -> None:
+    """Copies what is not handed over out of the file that it is mapped from, which would stay in memory for it."""
+    for parameter in model.parameters():
+        if _is_mapped(parameter):
+            parameter.data = parameter.data.clone()
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if not (isinstance(module, Int8Linear) and name == "weight") and _is_mapped(buffer):
+                module._buffers[name] = buffer.clone()
+
+
+def _is_mapped(tensor: Tensor) -> bool:
+    """Whether a tensor's memory is not torch's own: that of a file, mostly."""
+    return not tensor.untyped_storage().resizable()
 
 
 def _examples(inputs: Any) -> list[Any]:

@@ -135,6 +135,10 @@ class PreparedLinear:
     def _form(self, kernel: str) -> Tensor:
         form = self._forms.get(kernel)
         if form is None:
-            form = self._forms[kernel] = products.prepare(kernel, self.integers)
+            integers = self.integers
+            form = products.prepare(kernel, integers)
+            if form is integers and not form.untyped_storage().resizable():
+                form = form.clone()  # else a whole file stays in memory for this one weight
+            self._forms[kernel] = form
             self._plain = None  # held in that form, and only there
         return form

@@ -30,6 +30,7 @@ _BETWEEN = (
     "dropout",
     "contiguous",
 )
+_IN_PLACE = ("iadd", "iand", "ifloordiv", "imod", "imul", "ior", "ipow", "isub", "itruediv", "ixor", "setitem")
 _PRODUCTS = (torch.matmul, torch.bmm, operator.matmul)
 _POSTS: dict[Any, Callable[[fx.Node], str | None]] = {
     F.relu: lambda node: "relu",
@@ -113,11 +114,15 @@ def _drop_dropout(graph: fx.Graph) -> None:
 def _merge(graph: fx.Graph, merge: Callable[[list[Layer]], Layer], found: Rewritten) -> None:
     """One product for layers with one input that quantize it alike."""
     groups: dict[tuple[Any, ...], list[fx.Node]] = defaultdict(list)
-    for node in _linears(graph):
+    changes = 0
+    for node in graph.nodes:
+        changes += _changes_in_place(node)
+        if node.op != "call_function" or node.target is not ops.linear:
+            continue
         here = _layer(node)
         # Weights alone are alike in how many bits there are, and scales to a row.
         alike = (here.scheme.activations, here.scheme.symmetric, here.scale, here.zero_point, here.weight_form())
-        groups[(node.args[0], alike)].append(node)
+        groups[(node.args[0], alike, changes)].append(node)
     for nodes in groups.values():
         if len({node.args[1] for node in nodes}) < max(2, len(nodes)):  # alone, or one layer called twice
             continue
@@ -138,6 +143,15 @@ def _merge(graph: fx.Graph, merge: Callable[[list[Layer]], Layer], found: Rewrit
         found.owned.append(whole)
 
 
+def _changes_in_place(node: fx.Node) -> bool:
+    """Whether a value, maybe the input of layers before and after it, is written over."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = _name(node)
+    in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    return in_place or node.kwargs.get("inplace") is True or "out" in node.kwargs
+
+
 def _joined(graph: fx.Graph, nodes: list[fx.Node], place: int) -> fx.Node | None:
     """One operand of several layers, side by side; where only some have a bias, the others' is 0."""
     parts = [node.args[place] for node in nodes]
@@ -155,9 +169,10 @@ def _expand(graph: fx.Graph, node: fx.Node) -> None:
     """Quantizing, product and rescaling as nodes of their own, for Inductor to fuse with what is around them."""
     input, number, bias, row_sums = _args(node)
     here = ops.layer(number)
-    if here.scheme.activations is None:
+    value = input.meta.get("example_value")
+    if here.scheme.activations is None or (value is not None and _is_empty(value)):
         return
-    dtype = node.meta["example_value"].dtype if "example_value" in node.meta else torch.float32
+    dtype = torch.float32 if value is None else value.dtype
     with graph.inserting_before(node):
         if here.scheme.activations == "static":
             quantized = graph.call_function(ops.quantize_static, (input, here.scale, here.zero_point))
@@ -174,6 +189,11 @@ def _expand(graph: fx.Graph, node: fx.Node) -> None:
     new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
     graph.erase_node(node)
+
+
+def _is_empty(value: Tensor) -> bool:
+    # A dimension that may vary is never empty: Dynamo makes graphs of their own for sizes of 0 and 1.
+    return any(isinstance(size, int) and size == 0 for size in value.shape)
 
 
 def _product(

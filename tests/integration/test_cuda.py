@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_quant import QATCallback, load_quantized, quantize_dynamic, save_quantized
+from hf_quant import QATCallback, load_quantized, optimize, quantize_dynamic, save_quantized
 from hf_quant.runtime.base import quantized_modules
 from hf_quant.runtime.kernels import Kernel, choose_kernel, use_kernel
 from hf_quant.runtime.modules import Int8Linear
@@ -74,3 +74,13 @@ def test_trainer(scheme: str, tmp_path: Path) -> None:
     expected = trainer.predict(Sentences(8, seed=7)).predictions
     got = logits(load_quantized(tmp_path / "int8"))
     assert (got - torch.from_numpy(expected)).norm() <= 0.03 * got.norm()
+
+
+@pytest.mark.parametrize("scheme", ["int8_dynamic", "int8_weight_only", "int4_weight_only"])
+def test_optimized_logits_are_those_of_the_unoptimized(scheme: str) -> None:
+    model = quantize_dynamic(tiny_bert(), scheme, progress=False).to("cuda")
+    batch = {name: value.to("cuda") for name, value in Sentences(8, seed=7).batch(8).items()}
+    with torch.no_grad():
+        expected = model(**batch).logits
+    got = optimize(model, dtype="float32")(**batch).logits
+    assert (got - expected).norm() <= 0.03 * expected.norm()

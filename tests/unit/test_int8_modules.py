@@ -14,6 +14,7 @@ from hf_quant import quantize_dynamic
 from hf_quant.qparams import dequantize, symmetric_scale
 from hf_quant.quantization.convert import convert_module
 from hf_quant.quantization.fake_quantize import fake_quantize_symmetric
+from hf_quant.runtime import kernels
 from hf_quant.runtime.base import quantized_modules
 from hf_quant.runtime.kernels import onednn_is_exact, use_kernel
 from hf_quant.runtime.modules import Int8Embedding, Int8Linear
@@ -282,3 +283,19 @@ def test_scale_of_every_channel_is_its_own() -> None:
     layer = Int8Linear.from_float(weight, None, SCHEMES["int8_dynamic"])
     assert torch.equal(layer.weight_scale, symmetric_scale(weight, (-1,)))
     assert (layer.int8_weight.abs().amax(-1) >= 127).all()
+
+
+@pytest.mark.parametrize("scheme", ["int8_static", "int8_dynamic"])
+def test_the_integer_product_compiles_as_it_does_on_cuda(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def chosen(device: str) -> str:
+        seen.append(device)
+        return "int_mm"
+
+    monkeypatch.setattr(kernels, "_compiled_kernel", torch.compiler.assume_constant_result(chosen))
+    layer = _linear(scheme).eval()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(_values()), layer(_values()), rtol=0, atol=1e-5)
+    assert seen == ["cpu"]
