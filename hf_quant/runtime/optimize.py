@@ -19,6 +19,7 @@ from .packed import PackedLinear
 from .unpadded import UnpaddedForward
 
 Precision = Literal["auto", "float32", "bfloat16"]
+_LARGEST_ADAPTED = 31 * 2**20  # bytes; from 32 MiB on glibc does not adapt
 _NATIVE = ("amx_bf16", "avx512_bf16", "bf16")
 
 
@@ -41,13 +42,14 @@ def optimize(
     measured once a machine for each shape (`hf-quant inspect FOLDER --kernels`). Inductor makes kernels of the rest.
     Batches with padding run as several batches with little of it, see [`UnpaddedForward`].
 
-    Decoders generate fastest with `cache_implementation="static"`: a step then has one graph, with the prompt's another.
+    Decoders generate fastest with `cache_implementation="static"`.
 
     The first call with a new combination of arguments captures a graph, which takes seconds, and minutes where
     Inductor has nothing in its cache on disk; after it, one graph serves all batch sizes and lengths, and another
     batches of one. `model(...)`, `generate` and `pipeline` go on working, from several threads too; saving writes
-    what it did before. What comes out differs by the rounding of bfloat16 in attention; with `dtype="float32"` by no
-    more than the rounding of sums. Optimize last: an optimized model is not moved, cast, copied or trained.
+    what it did before. What comes out differs by the rounding of bfloat16 in attention and of float16 in a head; with
+    `dtype="float32"` by no more than the rounding of sums. Optimize last: an optimized model is not moved, cast,
+    copied or trained.
 
     On CUDA the integer products run through `torch._int_mm` and Inductor's epilogues; nothing is rewritten.
 
@@ -60,7 +62,8 @@ def optimize(
             says so). Otherwise the rewritten graph runs operation by operation: slower, and ready in a second.
         dtype (`str`, *optional*, defaults to `"auto"`):
             Of what is not a product of integers. `"auto"`: float32, but attention's products in bfloat16 on CPUs that
-            multiply it natively; `"float32"`: all of it; `"bfloat16"`: all of it, and so are the outputs.
+            multiply it natively, and large float layers (a language model's head) by a float16 copy of the weight for
+            a few tokens; `"float32"`: all of it; `"bfloat16"`: all of it, and so are the outputs.
 
     Returns:
         the same model, in eval mode.
@@ -98,6 +101,7 @@ def optimize(
     if dtype == "bfloat16":
         model.to(torch.bfloat16)
     bfloat16 = dtype == "bfloat16" or (dtype == "auto" and native_bfloat16())
+    _settle_allocator()
     forward = CompiledForward(model, layers, compile, bfloat16)
     model.forward = UnpaddedForward(forward, getattr(model, "config", None))
     for inputs in _examples(example_inputs):
@@ -125,6 +129,16 @@ def _layer(module: Any) -> Layer:
     if module.scheme.activations == "static":
         ranges = (float(module.input_scale), int(module.input_zero_point) + 128)
     return prepare(module.scheme, module.integers, module.weight_scale.float(), bias, *ranges)
+
+
+def _settle_allocator() -> None:
+    """Lets glibc keep the memory between two layers, and between two calls, instead of giving it back to the kernel.
+
+    It gives back what is free at the top of the heap beyond twice the largest block that it ever mapped and freed. A
+    batch frees more than that at its end and has all of it zeroed again, page by page, in the next: up to 40 % of its
+    time was seen there. One block just below glibc's own bound for what it adapts to is enough; it is never touched.
+    """
+    torch.empty(_LARGEST_ADAPTED, dtype=torch.uint8)
 
 
 def _leave_file(model: nn.Module) -> None:
