@@ -146,8 +146,8 @@ def _t5() -> Any:
 @pytest.mark.parametrize(
     ("make", "settings"),
     [
-        (tiny_llama, {}),
-        (tiny_llama, {"cache_implementation": "static"}),
+        pytest.param(tiny_llama, {}, marks=pytest.mark.slow),
+        pytest.param(tiny_llama, {"cache_implementation": "static"}, marks=pytest.mark.slow),
         (_t5, {}),
         pytest.param(_t5, {"cache_implementation": "static"}, marks=pytest.mark.slow),
         pytest.param(tiny_llama, {"num_beams": 2}, marks=pytest.mark.slow),

@@ -40,7 +40,7 @@ def graphs(model: Any) -> list[Any]:
     return model.forward._forward.graphs
 
 
-@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("cache", [pytest.param(None, marks=pytest.mark.slow), "static"])
 @pytest.mark.parametrize("scheme", ["int8_dynamic", "int8_static", "int8_weight_only", "int4_weight_only"])
 def test_greedy_tokens_are_those_of_the_model_before(scheme: str, cache: str | None) -> None:
     config = {"hidden_size": 128, "intermediate_size": 256} if scheme == "int4_weight_only" else {}
