@@ -51,7 +51,7 @@ def split_batch(lengths: Sequence[int], overhead: int, most: int | None = None) 
 
 def _pieces(group: list[int], longest: int, most: int | None) -> list[list[int]]:
     """A group in as few equal pieces as keep to `most` tokens, or of one row each."""
-    rows = len(group) if most is None else max(1, most // max(1, longest))
+    rows = len(group) if most is None or not longest else max(1, most // longest)
     count = -(-len(group) // rows)
     cuts = [len(group) * piece // count for piece in range(count + 1)]
     return [group[low:high] for low, high in itertools.pairwise(cuts)]
