@@ -35,6 +35,11 @@ def _freeze_imports() -> None:
     gc.freeze()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What captures graphs comes last: with all that Dynamo keeps, tests after it took several times as long."""
+    items.sort(key=lambda item: item.path.name.startswith("test_optimize"))
+
+
 # Tiny tensors: more threads only cost, and results must not hang on the machine. Here, not in a fixture: fixtures of
 # modules come before those of tests.
 torch.set_num_threads(1)
