@@ -1,4 +1,4 @@
-"""Milliseconds of a forward: float32, bf16 and int8, eager, interleaved. The fast path proper comes later.
+"""Milliseconds of a forward: float32, bf16 and int8, eager and not optimized, interleaved (see inference.py).
 
 python benchmarks/forward.py [--shape minilm|bert-base] [--rounds 15]
 """

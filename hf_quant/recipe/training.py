@@ -115,6 +115,8 @@ def native_bf16(use_cpu: bool = False) -> tuple[bool, str]:
     """
     import torch
 
+    from ..runtime import cpu
+
     if torch.cuda.is_available() and not use_cpu:
         name = torch.cuda.get_device_name()
         if torch.cuda.is_bf16_supported(including_emulation=False):
@@ -122,8 +124,5 @@ def native_bf16(use_cpu: bool = False) -> tuple[bool, str]:
         return False, f"{name} has no native bfloat16"
     if torch.backends.mps.is_available() and not use_cpu:
         return False, "not used on Apple GPUs"
-    capabilities = torch.cpu.get_capabilities()
-    for name in ("amx_bf16", "avx512_bf16", "sve_bf16", "bf16"):
-        if capabilities.get(name):
-            return True, f"this CPU has {name}"
-    return False, "this CPU has no native bfloat16"
+    feature = cpu.native_bfloat16()
+    return (True, f"this CPU has {feature}") if feature else (False, "this CPU has no native bfloat16")

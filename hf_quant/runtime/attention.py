@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .ops import MASKED
+
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
     """`softmax(s Q K^T + M) V` with products in bfloat16, everything else in float32.
@@ -23,6 +25,26 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, ca
     Returns:
         `torch.Tensor`: (batch, heads, queries, width of the output), in `query`'s dtype.
     """
+    scores, values = _scores(query, key, value, causal, scale)
+    if mask is not None:
+        scores = scores + mask
+    powers = torch.exp(scores - scores.amax(-1, keepdim=True))
+    total = powers.sum(-1, keepdim=True)
+    return (_weighted(powers, values).float() / total).to(query.dtype)
+
+
+def plain_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> Tensor:
+    """[`attention`] for a graph that runs operation by operation: with PyTorch's softmax, which is one kernel."""
+    scores, values = _scores(query, key, value, causal, scale)
+    if mask is not None:
+        scores.add_(mask)
+    return _weighted(torch.softmax(scores, -1), values).to(query.dtype)
+
+
+def _scores(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """Scores, float32 (batch, heads, queries, keys), new; and values, bfloat16 (batch * heads, keys, width)."""
     batch, heads, queries, _ = query.shape
     keys = key.shape[2]
     if key.shape[1] != heads:
@@ -34,34 +56,12 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, ca
     scores = torch.bmm(left, right.transpose(1, 2)).float().view(batch, heads, queries, keys)
     if causal:
         place = torch.arange(keys, device=query.device)
-        scores = scores.masked_fill(place > place[:queries, None], -1e30)
-    if mask is not None:
-        scores = scores + mask
-    powers = torch.exp(scores - scores.amax(-1, keepdim=True))
-    total = powers.sum(-1, keepdim=True)
-    weights = powers.to(torch.bfloat16).view(batch * heads, queries, keys)
-    values = value.to(torch.bfloat16).reshape(batch * heads, keys, -1)
-    output = torch.bmm(weights, values).view(batch, heads, queries, -1)
-    return (output.float() / total).to(query.dtype)
+        scores.masked_fill_(place > place[:queries, None], MASKED)
+    return scores, value.to(torch.bfloat16).reshape(batch * heads, keys, -1)
 
 
-def plain_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
-) -> Tensor:
-    """[`attention`] for a graph that runs operation by operation: with PyTorch's softmax, which is one kernel."""
-    batch, heads, queries, _ = query.shape
-    keys = key.shape[2]
-    if key.shape[1] != heads:
-        key = key.repeat_interleave(heads // key.shape[1], 1)
-        value = value.repeat_interleave(heads // value.shape[1], 1)
-    left = (query * scale).to(torch.bfloat16).reshape(batch * heads, queries, -1)
-    right = key.to(torch.bfloat16).reshape(batch * heads, keys, -1)
-    scores = torch.bmm(left, right.transpose(1, 2)).float().view(batch, heads, queries, keys)
-    if causal:
-        place = torch.arange(keys, device=query.device)
-        scores.masked_fill_(place > place[:queries, None], -1e30)
-    if mask is not None:
-        scores.add_(mask)
-    weights = torch.softmax(scores, -1).to(torch.bfloat16).view(batch * heads, queries, keys)
-    values = value.to(torch.bfloat16).reshape(batch * heads, keys, -1)
-    return torch.bmm(weights, values).view(batch, heads, queries, -1).to(query.dtype)
+def _weighted(weights: Tensor, values: Tensor) -> Tensor:
+    """Values by weights (batch, heads, queries, keys), in bfloat16."""
+    batch, heads, queries, keys = weights.shape
+    flat = weights.to(torch.bfloat16).view(batch * heads, queries, keys)
+    return torch.bmm(flat, values).view(batch, heads, queries, -1)

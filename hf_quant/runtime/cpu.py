@@ -27,6 +27,12 @@ def features() -> dict[str, bool]:
     return {ours: bool(found.get(theirs, False)) for ours, theirs in _FEATURES.items()}
 
 
+def native_bfloat16() -> str | None:
+    """Torch's name of what multiplies bfloat16 on this processor; `None` if nothing does."""
+    found = torch.cpu.get_capabilities()
+    return next((name for name in ("amx_bf16", "avx512_bf16", "sve_bf16", "bf16") if found.get(name)), None)
+
+
 def name() -> str:
     """The processor's name as it gives it, or its architecture where it gives none."""
     named = torch.cpu.get_capabilities().get("cpu_name")

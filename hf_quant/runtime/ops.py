@@ -19,7 +19,7 @@ _LAYERS: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
 # uint8 = int8 + 128: integer products are fast for unsigned activations.
-_SHIFT = 128
+SHIFT = 128
 
 # What `linear` takes beside its input: the layer's number, and what is added after the scales of a dynamic input.
 Operands = tuple[int, Tensor | None, Tensor | None]
@@ -118,7 +118,7 @@ def layer(number: int) -> Layer:
 def quantize_static(input: Tensor, scale: float, zero_point: int) -> Tensor:
     """[`quantize`]'s integers, operation by operation, shifted by 128 to uint8; `zero_point` is shifted too."""
     values = input.float() / scale
-    return values.add_(zero_point - _SHIFT).clamp_(INT8_MIN, INT8_MAX).round_().add_(_SHIFT).to(torch.uint8)
+    return values.add_(zero_point - SHIFT).clamp_(INT8_MIN, INT8_MAX).round_().add_(SHIFT).to(torch.uint8)
 
 
 def quantize_by_token(input: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -131,7 +131,7 @@ def quantize_by_token(input: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, T
     zeros = None if zeros is None else zeros.float()
     if zeros is not None:
         values = values + zeros
-    return values.clamp_(INT8_MIN, INT8_MAX).round_().add_(_SHIFT).to(torch.uint8), scale, zeros
+    return values.clamp_(INT8_MIN, INT8_MAX).round_().add_(SHIFT).to(torch.uint8), scale, zeros
 
 
 def rescale_by_token(
@@ -161,7 +161,7 @@ def _linear(input: Tensor, layer: int, bias: Tensor | None, row_sums: Tensor | N
         quantized = quantize_static(input, here.scale, here.zero_point)
         return _product(quantized, layer, here.scale, here.zero_point, _out_dtype(input)).to(input.dtype)
     quantized, scale, zeros = quantize_by_token(input, here.scheme.symmetric)
-    output = _product(quantized, layer, 1.0, _SHIFT, torch.float32)
+    output = _product(quantized, layer, 1.0, SHIFT, torch.float32)
     return rescale_by_token(output, scale, zeros, row_sums, bias, input.dtype)
 
 

@@ -9,18 +9,17 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from . import cpu
 from .base import quantized_modules
 from .compiler import CompiledForward
-from .cpu import features
 from .half import halve
 from .modules import Int8Linear
-from .ops import Layer, prepare
+from .ops import SHIFT, Layer, prepare
 from .packed import PackedLinear
 from .unpadded import UnpaddedForward
 
 Precision = Literal["auto", "float32", "bfloat16"]
 _LARGEST_ADAPTED = 31 * 2**20  # bytes; from 32 MiB on glibc does not adapt
-_NATIVE = ("amx_bf16", "avx512_bf16", "bf16")
 
 
 def optimize(
@@ -100,7 +99,7 @@ def optimize(
             halve(model)
     if dtype == "bfloat16":
         model.to(torch.bfloat16)
-    bfloat16 = dtype == "bfloat16" or (dtype == "auto" and native_bfloat16())
+    bfloat16 = dtype == "bfloat16" or (dtype == "auto" and cpu.native_bfloat16() is not None)
     _settle_allocator()
     forward = CompiledForward(model, layers, compile, bfloat16)
     model.forward = UnpaddedForward(forward, getattr(model, "config", None))
@@ -112,12 +111,6 @@ def optimize(
     return model
 
 
-def native_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 natively."""
-    found = features()
-    return any(found.get(name) for name in _NATIVE)
-
-
 def _has_product(module: nn.Module) -> bool:
     # Groups with dynamic activations have no integer product here; they stay as they are.
     return isinstance(module, Int8Linear) or (isinstance(module, PackedLinear) and module.scheme.activations is None)
@@ -127,7 +120,7 @@ def _layer(module: Any) -> Layer:
     bias = None if module.bias is None else module.bias.float()
     ranges: tuple[float, int] | tuple[()] = ()
     if module.scheme.activations == "static":
-        ranges = (float(module.input_scale), int(module.input_zero_point) + 128)
+        ranges = (float(module.input_scale), int(module.input_zero_point) + SHIFT)
     return prepare(module.scheme, module.integers, module.weight_scale.float(), bias, *ranges)
 
 
@@ -135,8 +128,8 @@ def _settle_allocator() -> None:
     """Lets glibc keep the memory between two layers, and between two calls, instead of giving it back to the kernel.
 
     It gives back what is free at the top of the heap beyond twice the largest block that it ever mapped and freed. A
-    batch frees more than that at its end and has all of it zeroed again, page by page, in the next: up to 40 % of its
-    time was seen there. One block just below glibc's own bound for what it adapts to is enough; it is never touched.
+    batch frees more than that at its end and has all of it zeroed again, page by page, in the next, which takes longer
+    than several layers. One block just below glibc's own bound for what it adapts to is enough; it is never touched.
     """
     torch.empty(_LARGEST_ADAPTED, dtype=torch.uint8)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,7 +36,6 @@ _POSTS: dict[Any, Callable[[fx.Node], str | None]] = {
     F.relu: lambda node: "relu",
     torch.relu: lambda node: "relu",
     F.gelu: lambda node: {"none": "gelu", "tanh": "gelu_tanh"}.get(str(node.kwargs.get("approximate", "none"))),
-    F.scaled_dot_product_attention: lambda node: None,
 }
 
 
@@ -49,14 +48,12 @@ class Rewritten:
         merged (`int`): products that stand for several layers with one input.
         fused (`int`): activation functions, with the next layer's rounding, that a product took in.
         attentions (`int`): attentions, or products of one, in bfloat16.
-        owned (list of [`Layer`]): made here; whoever keeps the graph keeps them.
     """
 
     layers: int = 0
     merged: int = 0
     fused: int = 0
     attentions: int = 0
-    owned: list[Layer] = field(default_factory=list)
 
 
 def rewrite(
@@ -140,7 +137,6 @@ def _merge(graph: fx.Graph, merge: Callable[[list[Layer]], Layer], found: Rewrit
         for node in nodes:
             graph.erase_node(node)
         found.merged += 1
-        found.owned.append(whole)
 
 
 def _changes_in_place(node: fx.Node) -> bool:
@@ -183,7 +179,7 @@ def _expand(graph: fx.Graph, node: fx.Node) -> None:
         else:
             parts = graph.call_function(ops.quantize_by_token, (input, here.scheme.symmetric))
             quantized, scale, zeros = (graph.call_function(operator.getitem, (parts, index)) for index in range(3))
-            product = _product(graph, quantized, number, 1.0, 128, torch.float32)
+            product = _product(graph, quantized, number, 1.0, ops.SHIFT, torch.float32)
             beside = (None if here.scheme.symmetric else zeros, row_sums, bias, dtype)
             new = graph.call_function(ops.rescale_by_token, (product, scale, *beside))
     new.meta = dict(node.meta)
@@ -239,7 +235,7 @@ def _attention(graph: fx.Graph, attention: Callable[..., Tensor], found: Rewritt
             continue
         if node.target is F.scaled_dot_product_attention:
             found.attentions += _whole_attention(graph, node, attention, masks)
-        elif node.target in (F.softmax, torch.softmax) or (node.op == "call_method" and node.target == "softmax"):
+        elif node.target in (F.softmax, torch.softmax):
             for product in _around(node):
                 found.attentions += _in_bfloat16(graph, product)
 

@@ -181,7 +181,7 @@ def test_a_cache_of_the_callers_own() -> None:
 @pytest.mark.parametrize("scheme", ["int8_static", "int8_dynamic"])
 @pytest.mark.parametrize("dtype", ["float32", "auto"])
 def test_compiled(scheme: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_quant.runtime.optimize.native_bfloat16", lambda: True)
+    monkeypatch.setattr("hf_quant.runtime.cpu.native_bfloat16", lambda: "bf16")
     plain, fast = _pair(int8_model(tiny_bert(), scheme), compile=True, dtype=dtype)
     for rows, length in SHAPES:
         batch = _batch(rows, length)

@@ -79,7 +79,7 @@ def test_static_layers_are_merged_and_fused_and_give_the_same(species: str) -> N
     ],
 )
 def test_dynamic_layers_with_attention_in_bfloat16(species: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_quant.runtime.optimize.native_bfloat16", lambda: True)
+    monkeypatch.setattr("hf_quant.runtime.cpu.native_bfloat16", lambda: "bf16")
     model = build(species)
     batch = batch_for(species, model)
     floats = flat(model, batch)
