@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .runtime import choice, cpu, weight_only
+from .runtime import choice, cpu, products, weight_only
 from .schemes import get_scheme
 
 if TYPE_CHECKING:
@@ -67,7 +67,8 @@ def kernel_times(layers: Iterable[tuple[str, int, int]]) -> tuple[KernelTimes, .
         chosen, microseconds = {}, {}
         for bucket in choice.BUCKETS:
             if product == "uint8 x int8":
-                times, preferred = choice.times(in_features, out_features, bucket), choice.PREFERRED
+                times = choice.times(in_features, out_features, bucket)
+                preferred = products.exact_kernels()[0]
             else:
                 shape = in_features, out_features, group, scheme.bits
                 times = weight_only.times(*shape, bucket, torch.bfloat16)

@@ -53,9 +53,10 @@ def _one_thread_and_seed() -> None:
 
 @pytest.fixture
 def one_kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Products of optimized models by one kernel, whatever is the fastest here; graphs are dropped afterwards."""
-    from hf_quant.runtime import choice, products
+    """Products of optimized models by one of torch's kernels, whatever is fastest here; graphs are dropped then."""
+    from hf_quant.runtime import choice, products, vnni
 
+    monkeypatch.setattr(vnni, "available", lambda: False)
     kernel = products.exact_kernels()[0]
     monkeypatch.setattr(choice, "choose", lambda *_: kernel)
     yield

@@ -8,6 +8,11 @@ from torch import Tensor
 from .ops import MASKED
 
 
+def fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether [`attention`] takes these."""
+    return query.dtype in (torch.float32, torch.bfloat16) and query.device.type == "cpu" and query.ndim == 4
+
+
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
     """`softmax(s Q K^T + M) V` with products in bfloat16, everything else in float32.
 

@@ -24,8 +24,7 @@ from . import cpu, products
 logger = logging.getLogger(__name__)
 
 BUCKETS = (1, 8, 32, 128, 1024)  # of tokens; each up to its number, the last everything
-SCHEMA = "hf_quant.kernels/1"  # raised when kernels change so much that old times mislead
-PREFERRED = "onednn"
+SCHEMA = "hf_quant.kernels/2"  # raised when kernels change so much that old times mislead
 GAIN = 0.9  # another kernel than the preferred one has to take less than this share of its time
 
 _SECONDS = 0.04  # for one bucket, so with the screening 0.3 for a shape
@@ -54,8 +53,8 @@ def choose(in_features: int, out_features: int, tokens: int) -> str:
         out_features (`int`): rows of the weight.
         tokens (`int`): rows of the activations.
     """
-    kernel = fastest(times(in_features, out_features, tokens), PREFERRED)
-    if PREFERRED not in products.exact_kernels():
+    kernel = fastest(times(in_features, out_features, tokens), products.exact_kernels()[0])
+    if not {"vnni", "onednn"} & set(products.exact_kernels()):
         _tell(kernel)
     return kernel
 

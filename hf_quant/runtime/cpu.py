@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import platform
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 # Ours: torch's name. x86 first, then ARM.
 _FEATURES = {
@@ -37,3 +41,18 @@ def name() -> str:
     """The processor's name as it gives it, or its architecture where it gives none."""
     named = torch.cpu.get_capabilities().get("cpu_name")
     return str(named or platform.processor() or platform.machine()).strip()
+
+
+@functools.cache
+def compiler_available() -> bool:
+    """Whether Inductor finds a C++ compiler; where it does not, models run rewritten but not compiled."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception as error:  # Inductor's own error class moved between releases
+        logger.warning(
+            "no C++ compiler was found (%s): models run without compiled kernels. Install g++ or clang.", error
+        )
+        return False
+    return True

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..qparams import calculate_qparams, dequantize, quantize, quantize_weight, token_qparams
 from ..schemes import Scheme
-from . import kernels, ops
+from . import cuda, kernels, ops
 from .base import QuantizedModule, refuse_training
 
 
@@ -106,6 +106,9 @@ class Int8Linear(_Int8Weight):
             self.register_buffer("input_scale", torch.empty(1, dtype=dtype, device=device))
             self.register_buffer("input_zero_point", torch.zeros(1, dtype=torch.int8, device=device))
         self._packed: _Packed | None = None
+        # Of the weight, int32 (out_features,), once `prepare_for_cuda` made it.
+        self.register_buffer("row_sums", None, persistent=False)
+        self._reads_integers = False  # for a few rows
 
     @classmethod
     @torch.no_grad()
@@ -153,8 +156,8 @@ class Int8Linear(_Int8Weight):
             if input_range is None:
                 raise ValueError(f"scheme {scheme.name!r} needs the range of the inputs: pass `input_range`")
             scale, zero_point = calculate_qparams(*input_range, symmetric=False)
-            module.input_scale = scale.reshape(1).to(dtype)
-            module.input_zero_point = zero_point.reshape(1)
+            module.input_scale = scale.reshape(1).to(integers.device, dtype)
+            module.input_zero_point = zero_point.reshape(1).to(integers.device)
         return module
 
     def forward(self, input: Tensor) -> Tensor:
@@ -169,6 +172,8 @@ class Int8Linear(_Int8Weight):
         if input.numel() == 0:
             return input.new_zeros(*input.shape[:-1], self.out_features)
         with torch.no_grad():
+            if self._reads_integers and cuda.is_few(input):
+                return cuda.int8_linear(input, self.int8_weight, self.weight_scale, self.bias)
             kernel = kernels.choose_kernel(input.device)
             if kernel == "int_mm" and input.is_cuda and (self.in_features % 8 or self.out_features % 8):
                 kernel = "reference"
@@ -217,7 +222,7 @@ class Int8Linear(_Int8Weight):
             quantized = quantize(input, scale, zero_point).reshape(-1, self.in_features)
             product = kernels.int_mm_linear(quantized, self.int8_weight)
             # (q - z) w^T = q w^T - z sum(w)
-            product = product - self.int8_weight.sum(-1, dtype=torch.int32) * zero_point.to(torch.int32)
+            product = product - self._sums() * zero_point.to(torch.int32)
         else:
             scale, zeros = token_qparams(input, self.scheme.symmetric)
             scale = _one_per_row(scale, input)
@@ -225,11 +230,21 @@ class Int8Linear(_Int8Weight):
             quantized = quantize(input.reshape(-1, self.in_features), scale, zeros)
             product = kernels.int_mm_linear(quantized, self.int8_weight)
             if zeros is not None:
-                product = product - self.int8_weight.sum(-1, dtype=torch.int32) * zeros.to(torch.int32)
+                product = product - self._sums() * zeros.to(torch.int32)
         output = product.float().mul_(self.weight_scale.float().t()).mul_(scale)
         if self.bias is not None:
             output.add_(self.bias)
         return output.reshape(*input.shape[:-1], self.out_features).to(input.dtype)
+
+    def _sums(self) -> Tensor:
+        return self.int8_weight.sum(-1, dtype=torch.int32) if self.row_sums is None else self.row_sums
+
+    def prepare_for_cuda(self) -> None:
+        """Make what an optimized forward on CUDA reads beside the weight, which is not to change any more."""
+        if self.scheme.activations is None:
+            self._reads_integers = cuda.has_int8_product(self.int8_weight.device)
+        elif not self.scheme.symmetric:
+            self.row_sums = self._sums()
 
     def hand_over(self) -> None:
         """Hold the weight no more, once `optimized` names who does."""

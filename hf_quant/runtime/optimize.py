@@ -82,7 +82,7 @@ def optimize(
             f"{type(model).__name__} has no quantized Linear layer, so there is nothing to optimize. Quantize it "
             "first: hf_quant.quantize_dynamic(model), or load an int8 folder with hf_quant.load_quantized."
         )
-    if isinstance(model.__dict__.get("forward"), UnpaddedForward):
+    if isinstance(model.__dict__.get("forward"), (UnpaddedForward, CompiledForward)):
         raise ValueError(f"this {type(model).__name__} is optimized already. Load it again for other settings.")
     device = next(iter(modules.values())).weight_scale.device
     model.eval()
@@ -99,10 +99,16 @@ def optimize(
             halve(model)
     if dtype == "bfloat16":
         model.to(torch.bfloat16)
-    bfloat16 = dtype == "bfloat16" or (dtype == "auto" and cpu.native_bfloat16() is not None)
-    _settle_allocator()
-    forward = CompiledForward(model, layers, compile, bfloat16)
-    model.forward = UnpaddedForward(forward, getattr(model, "config", None))
+    if device.type == "cuda":
+        for module in modules.values():  # after a cast: which product takes a weight depends on the dtype
+            cast(Any, module).prepare_for_cuda()
+        # Without a look at the padding: to read lengths, the processor would wait for the GPU.
+        model.forward = CompiledForward(model, {}, compile, False, device="cuda")
+    else:
+        bfloat16 = dtype == "bfloat16" or (dtype == "auto" and cpu.native_bfloat16() is not None)
+        _settle_allocator()
+        forward = CompiledForward(model, layers, compile, bfloat16, integers=dtype == "auto")
+        model.forward = UnpaddedForward(forward, getattr(model, "config", None))
     for inputs in _examples(example_inputs):
         if isinstance(inputs, Mapping):
             model(**inputs)

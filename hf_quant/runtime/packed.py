@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ..qparams import dequantize, dequantize_weight, quantize, quantize_weight, token_qparams
 from ..schemes import Scheme
-from . import ops
+from . import cuda, ops
 from .base import QuantizedModule, refuse_training
 
 _WORD = 32  # bits
@@ -40,6 +41,8 @@ class PackedLinear(QuantizedModule):
     weight_packed: Tensor
     weight_shape: Tensor
     bias: Tensor | None
+    tiles: Tensor | None  # instead of `weight_packed`, after `prepare_for_cuda`
+    tile_scales: Tensor | None
     optimized: ops.Operands | None = None  # set by [`optimize`]
 
     def __init__(
@@ -64,6 +67,8 @@ class PackedLinear(QuantizedModule):
         self.register_buffer("weight_scale", torch.empty(out_features, groups, dtype=dtype, device=device))
         self.register_buffer("weight_shape", torch.empty(2, dtype=torch.int64, device=device))
         self.register_buffer("bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None)
+        self.register_buffer("tiles", None, persistent=False)
+        self.register_buffer("tile_scales", None, persistent=False)
 
     @classmethod
     @torch.no_grad()
@@ -108,6 +113,8 @@ class PackedLinear(QuantizedModule):
     @property
     def integers(self) -> Tensor:
         """The weight as int8 (out_features, in_features), unpacked anew at each read."""
+        if self.tiles is not None:
+            return cuda.from_tiles(self.tiles)
         return unpack(self.weight_packed, self.scheme.bits, self.in_features)
 
     @property
@@ -118,7 +125,7 @@ class PackedLinear(QuantizedModule):
     @property
     def weight(self) -> Tensor:
         """The weight dequantized, in the shape of the float module's; made anew at each read."""
-        if self.weight_packed.is_meta:
+        if self.tiles is None and self.weight_packed.is_meta:
             shape = self.shape[::-1] if self.transposed else self.shape
             return torch.empty(shape, dtype=self.weight_scale.dtype, device="meta")
         values = dequantize_weight(self.integers, self.weight_scale)
@@ -128,7 +135,8 @@ class PackedLinear(QuantizedModule):
         """Name, present shape and right shape of what holds the weight."""
         words = torch.Size((self.out_features, self._words))
         written = torch.Size(self.weight_shape.tolist())
-        return [("weight_packed", self.weight_packed.shape, words), ("weight_shape", written, self.shape)]
+        held = words if self.tiles is not None else self.weight_packed.shape
+        return [("weight_packed", held, words), ("weight_shape", written, self.shape)]
 
     def forward(self, input: Tensor) -> Tensor:
         """`input` (..., in_features) to (..., out_features), in `input`'s dtype; no gradient flows through.
@@ -145,9 +153,26 @@ class PackedLinear(QuantizedModule):
             if self.scheme.activations == "dynamic":
                 scale, zeros = token_qparams(input, self.scheme.symmetric)
                 input = dequantize(quantize(input, scale, zeros), scale, zeros).to(input.dtype)
+            if self.tiles is not None and input.dtype == torch.bfloat16 and cuda.is_few(input):
+                return cuda.int4_linear(input, self.tiles, self.tile_scales, self.bias)
             # The operations, order and dtypes of compressed-tensors: equal to a plain reload, bit for bit.
             weight = dequantize_weight(self.integers, self.weight_scale).to(input.dtype)
             return F.linear(input, weight, None if self.bias is None else self.bias.to(input.dtype))
+
+    def prepare_for_cuda(self) -> None:
+        """Hold the weight in the layout of torch's int4 product, where that takes it and the model is in bfloat16."""
+        group = self.in_features // self.weight_scale.shape[1]
+        fits = cuda.fits_tiles(self.in_features, self.out_features, group, self.scheme.bits)
+        if not fits or self.weight_scale.dtype != torch.bfloat16 or self.scheme.activations is not None:
+            return
+        if cuda.has_tiles(self.weight_scale.device):
+            self.tiles, self.tile_scales = cuda.to_tiles(self.integers, self.weight_scale)
+            self._buffers["weight_packed"] = None
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self.tiles is not None:  # first, as without
+            destination[f"{prefix}weight_packed"] = pack(self.integers, self.scheme.bits)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

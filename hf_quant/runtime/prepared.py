@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import choice, products
+from . import choice, products, vnni
 from . import kernels as int8
 
 
@@ -52,6 +52,7 @@ class PreparedLinear:
         self._forms: dict[str, Tensor] = {}
         self._choose = kernels
         self._names: dict[int, str] = {}
+        self._by_token: vnni.Weight | None = None
 
     @property
     def integers(self) -> Tensor:
@@ -60,6 +61,8 @@ class PreparedLinear:
             return self._plain
         if "int_mm" in self._forms:
             return self._forms["int_mm"]
+        if "vnni" in self._forms:
+            return vnni.unpack(self._forms["vnni"], self.out_features, self.in_features)
         if "onednn" in self._forms:
             return int8.onednn_unpack(self._forms["onednn"])
         return self._forms["float32"].to(torch.int8)
@@ -83,7 +86,7 @@ class PreparedLinear:
         All kernels give the same numbers up to the rounding of float32 sums.
 
         Args:
-            quantized (`torch.Tensor`): uint8 (tokens, in_features).
+            quantized (`torch.Tensor`): uint8 (..., in_features).
             scale (`float`): the activations' scale.
             zero_point (`int`): the activations' zero point, 0 to 255.
             dtype (`torch.dtype`): float32, bfloat16 or uint8; of the result.
@@ -93,7 +96,7 @@ class PreparedLinear:
             out_zero_point (`int`, *optional*, defaults to 0): for uint8; 0 to 255.
 
         Returns:
-            `torch.Tensor`: (tokens, out_features) in `dtype`.
+            `torch.Tensor`: (..., out_features) in `dtype`.
 
         Raises:
             `ValueError`: for another `dtype` or `post`.
@@ -102,9 +105,9 @@ class PreparedLinear:
             raise ValueError(f"dtype={dtype} is not made by a product: choose float32, bfloat16 or uint8")
         if post not in products.POSTS:
             raise ValueError(f"post={post!r} is unknown: choose one of {', '.join(products.POSTS)}")
-        tokens = quantized.shape[0]
+        tokens = quantized.numel() // self.in_features
         if tokens == 0:
-            return torch.empty(0, self.out_features, dtype=dtype)
+            return torch.empty(*quantized.shape[:-1], self.out_features, dtype=dtype)
         kernel = self._kernel(tokens)
         return products.product(
             kernel,
@@ -118,6 +121,30 @@ class PreparedLinear:
             out_scale,
             out_zero_point,
         )
+
+    def product_by_token(
+        self, input: Tensor, bias: Tensor | None, group: int, symmetric: bool, dtype: torch.dtype, post: str
+    ) -> Tensor:
+        """`post(x (w s_w)^T + b)` of a float input that is quantized on the way, by the kernel for VNNI.
+
+        Args:
+            input (`torch.Tensor`): float (..., in_features), at least one token.
+            bias (`torch.Tensor`, *optional*): float (out_features,), in place of this weight's own.
+            group (`int`): how many successive tokens share a range.
+            symmetric (`bool`): whether zero points are 0.
+            dtype (`torch.dtype`): float32 or bfloat16; of the result.
+            post (`str`): as for [`product`].
+
+        Returns:
+            `torch.Tensor`: (..., out_features) in `dtype`.
+        """
+        if self._by_token is None:
+            rows = self._rows
+            padded = None if bias is None else vnni.pad(bias.detach().float())
+            self._by_token = vnni.Weight(
+                self._form("vnni"), rows.padded_scale, rows.padded_sums, padded, self.in_features, self.out_features
+            )
+        return self._by_token.product_by_token(input, group, symmetric, dtype, post)
 
     def _kernel(self, tokens: int) -> str:
         bucket = choice.bucket(tokens)

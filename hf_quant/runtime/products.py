@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import kernels
+from . import kernels, vnni
 
-KERNELS = ("onednn", "int_mm", "float32")
+KERNELS = ("vnni", "onednn", "int_mm", "float32")
 DTYPES = (torch.float32, torch.bfloat16, torch.uint8)  # of results
 
 # What may follow a product: oneDNN's name of the operation and of its variant.
@@ -20,8 +20,9 @@ POSTS = {"none": ("none", ""), "relu": ("relu", ""), "gelu": ("gelu", "none"), "
 
 
 def exact_kernels() -> tuple[str, ...]:
-    """The kernels that this machine runs without saturation."""
+    """The kernels that this machine runs without saturation; the preferred one first."""
     exact = {
+        "vnni": vnni.available(),
         "onednn": kernels.onednn_is_exact(),
         "int_mm": kernels.int_mm_is_exact(torch.device("cpu"), torch.uint8),
         "float32": True,
@@ -31,6 +32,8 @@ def exact_kernels() -> tuple[str, ...]:
 
 def prepare(kernel: str, integers: Tensor) -> Tensor:
     """An int8 weight (out, in) as a kernel wants it; the tensor itself for `"int_mm"`."""
+    if kernel == "vnni":
+        return vnni.pack(integers)
     if kernel == "onednn":
         return kernels.onednn_prepack(integers)
     return integers if kernel == "int_mm" else integers.float()
@@ -46,10 +49,21 @@ class Rows:
     """
 
     def __init__(self, integers: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
-        self.scale = weight_scale.detach().float().flatten().contiguous()
-        self.bias = None if bias is None else bias.detach().float().contiguous()
-        self.sums = integers.sum(-1, dtype=torch.int32)
-        self.zeros = torch.zeros(integers.shape[0], dtype=torch.int64)
+        rows, self._columns = integers.shape
+        self.padded_scale = vnni.pad(weight_scale.detach().float().flatten())
+        self.padded_bias = None if bias is None else vnni.pad(bias.detach().float())
+        self.padded_sums = vnni.pad(integers.sum(-1, dtype=torch.int32))
+        self.scale, self.sums = self.padded_scale[:rows], self.padded_sums[:rows]
+        self.bias = None if self.padded_bias is None else self.padded_bias[:rows]
+        self.zeros = torch.zeros(rows, dtype=torch.int64)
+        self._weight: vnni.Weight | None = None
+
+    def weight(self, packed: Tensor) -> vnni.Weight:
+        """What the kernels for VNNI want, with the weight from [`prepare`]."""
+        if self._weight is None or self._weight.packed is not packed:
+            scale, sums, bias = self.padded_scale, self.padded_sums, self.padded_bias
+            self._weight = vnni.Weight(packed, scale, sums, bias, self._columns, self.scale.numel())
+        return self._weight
 
 
 def product(
@@ -68,7 +82,7 @@ def product(
 
     Args:
         kernel (`str`): one of `KERNELS`.
-        quantized (`torch.Tensor`): uint8 (tokens, in), at least one token.
+        quantized (`torch.Tensor`): uint8 (..., in), at least one token.
         scale (`float`): the activations' scale.
         zero_point (`int`): the activations' zero point, 0 to 255.
         weight (`torch.Tensor`): from [`prepare`], for this kernel.
@@ -78,9 +92,28 @@ def product(
         out_scale (`float`, *optional*, defaults to 1): of a uint8 result.
         out_zero_point (`int`, *optional*, defaults to 0): of a uint8 result, 0 to 255.
     """
+    if kernel == "vnni":
+        return rows.weight(weight).product(quantized, scale, zero_point, dtype, post, out_scale, out_zero_point)
+    flat = quantized.reshape(-1, quantized.shape[-1])
+    output = _flat_product(kernel, flat, scale, zero_point, weight, rows, dtype, post, out_scale, out_zero_point)
+    return output.view(*quantized.shape[:-1], -1)
+
+
+def _flat_product(
+    kernel: str,
+    quantized: Tensor,
+    scale: float,
+    zero_point: int,
+    weight: Tensor,
+    rows: Rows,
+    dtype: torch.dtype,
+    post: str,
+    out_scale: float,
+    out_zero_point: int,
+) -> Tensor:
     if kernel == "onednn":
         operation, variant = POSTS[post]
-        return torch.ops.onednn.qlinear_pointwise(
+        return torch.ops.onednn.qlinear_pointwise.default(
             quantized, scale, zero_point, weight, rows.scale, rows.zeros, rows.bias,
             out_scale, out_zero_point, dtype, operation, [], variant,
         )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from . import ops
+from . import ops, vnni
 from .ops import Layer, prepare
 
 # What may stand between a score's product, its softmax and the product with the values.
@@ -31,6 +31,7 @@ _BETWEEN = (
     "contiguous",
 )
 _IN_PLACE = ("iadd", "iand", "ifloordiv", "imod", "imul", "ior", "ipow", "isub", "itruediv", "ixor", "setitem")
+_VIEWS = ("transpose", "reshape", "view", "contiguous", "flatten", "permute")
 _PRODUCTS = (torch.matmul, torch.bmm, operator.matmul)
 _POSTS: dict[Any, Callable[[fx.Node], str | None]] = {
     F.relu: lambda node: "relu",
@@ -46,26 +47,36 @@ class Rewritten:
     Args:
         layers (`int`): quantized layers.
         merged (`int`): products that stand for several layers with one input.
-        fused (`int`): activation functions, with the next layer's rounding, that a product took in.
-        attentions (`int`): attentions, or products of one, in bfloat16.
+        fused (`int`): activation functions that a product took in, with the next layer's rounding if that is static.
+        attentions (`int`): attentions, or products of one, by other products than PyTorch's.
+        rounded (`int`): attentions that end in the next layer's rounding.
     """
 
     layers: int = 0
     merged: int = 0
     fused: int = 0
     attentions: int = 0
+    rounded: int = 0
+
+
+# What may stand for `scaled_dot_product_attention`, and whether it takes a query, key and value of that kind.
+Attention = tuple[Callable[[Tensor, Tensor, Tensor], bool], Callable[..., Tensor]]
 
 
 def rewrite(
-    module: fx.GraphModule, merge: Callable[[list[Layer]], Layer], attention: Callable[..., Tensor] | None
+    module: fx.GraphModule,
+    merge: Callable[[list[Layer]], Layer],
+    attentions: Sequence[Attention] = (),
+    bfloat16: bool = False,
 ) -> Rewritten:
     """Rewrites a graph that Dynamo captured, in place; what it computes stays the same up to rounding.
 
     Args:
         module (`torch.fx.GraphModule`): at the level of torch functions, with example values, for inference.
         merge (callable): makes one layer of several, and is asked once for the same ones.
-        attention (callable, *optional*): what stands for `scaled_dot_product_attention`; `None`: it stays, and so do
-            products around a softmax.
+        attentions (sequence, *optional*): what may stand for `scaled_dot_product_attention`; the first that fits does.
+        bfloat16 (`bool`, *optional*, defaults to `False`): whether products around a softmax that a model writes out
+            become products of bfloat16.
 
     Returns:
         [`Rewritten`]: what was done.
@@ -77,8 +88,8 @@ def rewrite(
     for node in list(_linears(graph)):
         _expand(graph, node)
     _fuse(graph, found)
-    if attention is not None:
-        _attention(graph, attention, found)
+    _attention(graph, attentions, bfloat16, found)
+    _round_attention(graph, found)
     # No other node: a method that changes its tensor, such as a static cache's, has no users either.
     graph.eliminate_dead_code(lambda node: node.target is not operator.getitem)
     graph.lint()
@@ -170,7 +181,9 @@ def _expand(graph: fx.Graph, node: fx.Node) -> None:
         return
     dtype = torch.float32 if value is None else value.dtype
     with graph.inserting_before(node):
-        if here.scheme.activations == "static":
+        if here.is_whole():
+            new = graph.call_function(ops.by_token, (input, number, "none"))
+        elif here.scheme.activations == "static":
             quantized = graph.call_function(ops.quantize_static, (input, here.scale, here.zero_point))
             wide = dtype if dtype == torch.bfloat16 else torch.float32
             new = _product(graph, quantized, number, here.scale, here.zero_point, wide)
@@ -200,13 +213,16 @@ def _product(
 
 
 def _fuse(graph: fx.Graph, found: Rewritten) -> None:
-    """An activation function between two static layers, and the second one's rounding, as the end of the first."""
+    """An activation function as the end of a layer; between two static ones with the second one's rounding."""
     for node in list(graph.nodes):
+        if _post(node) is not None and _args(node)[0].target is ops.by_token:
+            found.fused += _end_by_token(graph, node)
+            continue
         if node.op != "call_function" or node.target is not ops.quantize_static:
             continue
         _, scale, zero_point = node.args
         between = node.args[0]
-        post = _POSTS.get(between.target, lambda _: None)(between) if between.op == "call_function" else None
+        post = _post(between)
         if post is None:
             continue
         product = between.args[0]
@@ -228,32 +244,48 @@ def _fuse(graph: fx.Graph, found: Rewritten) -> None:
         found.fused += 1
 
 
-def _attention(graph: fx.Graph, attention: Callable[..., Tensor], found: Rewritten) -> None:
+def _post(node: fx.Node) -> str | None:
+    """The name of a node's activation function, as one that a product knows."""
+    return _POSTS.get(node.target, lambda _: None)(node) if node.op == "call_function" else None
+
+
+def _end_by_token(graph: fx.Graph, node: fx.Node) -> bool:
+    layer = _args(node)[0]
+    if len(layer.users) > 1 or layer.args[2] != "none":
+        return False
+    layer.args = (*layer.args[:2], _post(node))
+    node.replace_all_uses_with(layer)
+    graph.erase_node(node)
+    return True
+
+
+def _attention(graph: fx.Graph, attentions: Sequence[Attention], bfloat16: bool, found: Rewritten) -> None:
     masks: dict[fx.Node, fx.Node] = {}
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
         if node.target is F.scaled_dot_product_attention:
-            found.attentions += _whole_attention(graph, node, attention, masks)
-        elif node.target in (F.softmax, torch.softmax):
+            found.attentions += _whole_attention(graph, node, attentions, masks)
+        elif bfloat16 and node.target in (F.softmax, torch.softmax):
             for product in _around(node):
                 found.attentions += _in_bfloat16(graph, product)
 
 
 def _whole_attention(
-    graph: fx.Graph, node: fx.Node, attention: Callable[..., Tensor], masks: dict[fx.Node, fx.Node]
+    graph: fx.Graph, node: fx.Node, attentions: Sequence[Attention], masks: dict[fx.Node, fx.Node]
 ) -> bool:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     query, mask, causal = given["query"], given.get("attn_mask"), given.get("is_causal", False)
-    value = query.meta.get("example_value")
-    if given.get("dropout_p", 0.0) != 0.0 or not isinstance(causal, bool) or value is None or value.ndim != 4:
+    values = [given[name].meta.get("example_value") for name in names[:3]]
+    if given.get("dropout_p", 0.0) != 0.0 or not isinstance(causal, bool) or None in values:
         return False
-    if value.dtype not in (torch.float32, torch.bfloat16) or value.device.type != "cpu":
+    attention = next((function for fits, function in attentions if fits(*values)), None)
+    if attention is None:
         return False
     scale = given.get("scale")
     if scale is None:
-        scale = float(value.shape[-1]) ** -0.5
+        scale = float(values[0].shape[-1]) ** -0.5
     with graph.inserting_before(node):
         if mask is not None:
             if mask not in masks:
@@ -264,6 +296,26 @@ def _whole_attention(
     node.replace_all_uses_with(new)
     graph.erase_node(node)
     return True
+
+
+def _round_attention(graph: fx.Graph, found: Rewritten) -> None:
+    """The rounding of a static layer's input as the end of the attention that it comes from."""
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target is not ops.quantize_static:
+            continue
+        source, scale, zero_point = _args(node)
+        views = []
+        while isinstance(source, fx.Node) and len(source.users) == 1 and _name(source) in _VIEWS:
+            views.append(source)
+            source = source.args[0]
+        if not isinstance(source, fx.Node) or source.target is not vnni.attention or len(source.users) != 1:
+            continue
+        source.args = (*source.args[:6], scale, zero_point)
+        node.replace_all_uses_with(node.args[0])
+        graph.erase_node(node)
+        for changed in (source, *views):  # their example values are floats
+            changed.meta = {}
+        found.rounded += 1
 
 
 def _around(softmax: fx.Node) -> list[fx.Node]:

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from hf_quant import PruningCallback, QATCallback, load_quantized
 from hf_quant.runtime.base import quantized_modules
+from hf_quant.runtime.kernels import use_kernel
 from tests.tiny import (
     Sentences,
     logits,
@@ -98,7 +99,8 @@ def test_prune_shrink_and_int8_in_one_train(tmp_path: Path, scheme: str, order: 
     again = load_quantized(tmp_path / "out")
     assert torch.equal(logits(again), logits(trainer.model))
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
-    torch.testing.assert_close(logits(plain), logits(trainer.model), rtol=1e-4, atol=1e-4)
+    with use_kernel("reference"):  # others sum in another order, and a value may round to the other side
+        torch.testing.assert_close(logits(plain), logits(trainer.model), rtol=1e-4, atol=1e-4)
 
 
 class _Die(Exception):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,14 @@ from tests.tiny import folder_bytes
 REPOSITORY = Path(__file__).resolve().parents[2]
 TRAINING = {"save_strategy": "steps", "save_steps": 3, "save_total_limit": 1}
 PRUNING = {"final_sparsity": 0.5, "start_step": 1, "end_step": 4, "criterion": "movement"}
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """A shell starts what it runs in the background with SIGINT ignored, and ignored it would stay."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def record() -> Console:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_quant.runtime import choice, cpu, kernels, products
+from hf_quant.runtime import choice, cpu, kernels, products, vnni
 
 TIMES = {"onednn": 10.0, "int_mm": 20.0, "float32": 30.0}
 
@@ -47,7 +47,7 @@ def _inject(monkeypatch: pytest.MonkeyPatch, times: dict[str, float]) -> list[in
         return times
 
     monkeypatch.setattr(choice, "measure", measure)
-    monkeypatch.setattr(products, "exact_kernels", lambda: tuple(times))
+    monkeypatch.setattr(products, "exact_kernels", lambda *_: tuple(times))
     return asked
 
 
@@ -63,7 +63,7 @@ def test_buckets() -> None:
         ({"onednn": 10.0, "int_mm": 8.9, "float32": 30.0}, "int_mm"),
         ({"onednn": 10.0, "int_mm": 8.9, "float32": 8.8}, "float32"),
         ({"onednn": 10.0, "int_mm": 11.0, "float32": 9.1}, "onednn"),
-        ({"int_mm": 10.0, "float32": 9.9}, "float32"),  # no preferred one, so the fastest
+        ({"int_mm": 10.0, "float32": 9.9}, "int_mm"),  # the first one is preferred
         ({"onednn": 10.0}, "onednn"),
     ],
 )
@@ -85,7 +85,7 @@ def test_this_machine(cache: Path) -> None:
         assert choice.choose(48, 32, tokens) in found
     assert torch.get_num_threads() == threads
     stored = json.loads(cache.read_text(encoding="utf-8"))
-    assert stored["schema"] == "hf_quant.kernels/1"
+    assert stored["schema"] == "hf_quant.kernels/2"
     assert len(stored["times"]) == 2
     assert all(key.startswith(choice.machine()) for key in stored["times"])
 
@@ -164,8 +164,8 @@ def test_times_hold_for_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         "[]",
         "\x00\xff",
         '{"schema": "hf_quant.kernels/0", "times": {}}',
-        '{"schema": "hf_quant.kernels/1"}',
-        '{"schema": "hf_quant.kernels/1", "times": []}',
+        '{"schema": "hf_quant.kernels/2"}',
+        '{"schema": "hf_quant.kernels/2", "times": []}',
     ],
 )
 def test_a_damaged_file_is_written_anew(monkeypatch: pytest.MonkeyPatch, cache: Path, content: str) -> None:
@@ -229,6 +229,7 @@ def test_a_write_that_fails_leaves_the_old_file(monkeypatch: pytest.MonkeyPatch,
 
 def test_a_cpu_that_saturates_says_so_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(kernels, "onednn_is_exact", lambda: False)
+    monkeypatch.setattr(vnni, "available", lambda: False)
     with caplog.at_level(logging.WARNING, "hf_quant.runtime.choice"):
         chosen = {choice.choose(48, 32, 8), choice.choose(48, 32, 8)}
     assert chosen <= {"int_mm", "float32"}

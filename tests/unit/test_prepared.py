@@ -158,7 +158,9 @@ def test_a_kernel_for_each_bucket() -> None:
 
 
 @pytest.mark.parametrize(
-    "kernels", [("onednn", "int_mm"), ("int_mm", "onednn"), ("float32", "onednn"), ("onednn", "float32")], ids="-".join
+    "kernels",
+    [("onednn", "int_mm"), ("int_mm", "onednn"), ("float32", "onednn"), ("onednn", "vnni"), ("vnni", "float32")],
+    ids="-".join,
 )
 def test_forms_are_made_when_they_are_needed(kernels: tuple[str, str]) -> None:
     if not set(kernels) <= set(products.exact_kernels()):
@@ -191,5 +193,5 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="post='silu' is unknown: choose one of none, relu, gelu, gelu_tanh"):
         prepared.product(quantized, 1.0, 0, torch.float32, "silu")
     unknown = PreparedLinear(integers, scale, bias, kernels=lambda tokens: "mkl")
-    with pytest.raises(ValueError, match="unknown kernel 'mkl': choose one of onednn, int_mm, float32"):
+    with pytest.raises(ValueError, match="unknown kernel 'mkl': choose one of vnni, onednn, int_mm, float32"):
         unknown.product(quantized, 1.0, 0, torch.float32)

@@ -1,0 +1,38 @@
+// What the kernels for CPUs with AVX-512 VNNI share. It and they are compiled as one text.
+
+#include <immintrin.h>
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+
+#define UNROLL _Pragma("GCC unroll 32")  // whole, so that sums live in registers
+
+namespace {
+
+constexpr int ROWS = 6;     // rows of the left factor at a time
+constexpr int LANES = 16;   // values of 32 bits in a register
+constexpr int COLUMNS = 4;  // registers of the right factor at a time: 24 sums, of 32 registers
+constexpr float LOG2_E = 1.44269504088896340736f;
+
+inline int64_t up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
+
+inline __mmask16 lanes(int64_t left) { return left >= LANES ? 0xffff : (1u << (left > 0 ? left : 0)) - 1; }
+
+// `factor` 2^x, with a relative error below 3e-6.
+inline __m512 power(__m512 x, float factor) {
+    const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 rest = _mm512_sub_ps(x, whole);
+    __m512 y = _mm512_set1_ps(9.582851702e-03f * factor);
+    y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(5.590642663e-02f * factor));
+    y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(2.402409865e-01f * factor));
+    y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(6.931241931e-01f * factor));
+    y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(factor));
+    return _mm512_scalef_ps(y, whole);
+}
+
+}  // namespace

@@ -1,0 +1,256 @@
+// Linear layers for CPUs with AVX-512 VNNI: products of uint8 activations and an int8 weight, with all that comes
+// before and after them: rounding a dynamic input, scales, bias, activation function, rounding the output.
+//
+// The weight lies in panels of 64 outputs, four inputs of an output side by side: (outputs / 64, inputs / 4, 64, 4). Where
+// there are no multiples of 64 and 4, it is filled up with 0, and rows of uint8 inputs with anything.
+
+namespace {
+
+constexpr int PANEL = COLUMNS * LANES;  // outputs
+constexpr int CHUNK_ROWS = 16 * ROWS;   // tokens that stay in the nearest caches while panels pass by
+constexpr int64_t FEW = 1 << 18;        // products that take less time than to wake up another thread
+
+struct Layer {
+    const int8_t *weight;
+    const float *scale;   // by output, padded like what follows to whole panels
+    const int32_t *sums;  // of each output's weights
+    const float *bias;    // may be missing
+    int64_t in, out;
+};
+
+// How rows of the input become integers, and sums of products floats.
+struct Rows {
+    const uint8_t *values;
+    const float *scales;   // of each row, or one for all
+    const int32_t *zeros;  // likewise
+    int64_t by_row, count;
+};
+
+enum Post { NONE, RELU, GELU, GELU_TANH };
+enum Kind { FLOAT32, BFLOAT16, UINT8 };
+
+struct Output {
+    void *values;
+    int64_t kind, post;
+    float scale, zero;
+};
+
+// Sums of `R` rows times one panel: [R][64]. A function of its own with nothing around its loop: else gcc keeps the
+// sums in memory.
+template <int R>
+__attribute__((noinline)) void multiply_panel(const uint8_t *left, int64_t stride, const int8_t *panel, int64_t fours,
+                                              int32_t *out) {
+    __m512i sums[R * COLUMNS];
+    UNROLL for (int i = 0; i < R * COLUMNS; i++) sums[i] = _mm512_setzero_si512();
+    for (int64_t four = 0; four < fours; four++) {
+        __m512i columns[COLUMNS];
+        UNROLL for (int c = 0; c < COLUMNS; c++) columns[c] = _mm512_load_si512(panel + (four * COLUMNS + c) * 64);
+        UNROLL for (int r = 0; r < R; r++) {
+            const __m512i one = _mm512_set1_epi32(*(const int32_t *)(left + r * stride + four * 4));
+            UNROLL for (int c = 0; c < COLUMNS; c++)
+                sums[r * COLUMNS + c] = _mm512_dpbusd_epi32(sums[r * COLUMNS + c], one, columns[c]);
+        }
+    }
+    UNROLL for (int i = 0; i < R * COLUMNS; i++) _mm512_store_si512(out + i * LANES, sums[i]);
+}
+
+void multiply_panel(int64_t rows, const uint8_t *left, int64_t stride, const int8_t *panel, int64_t fours,
+                    int32_t *out) {
+    switch (rows) {
+        case 1: return multiply_panel<1>(left, stride, panel, fours, out);
+        case 2: return multiply_panel<2>(left, stride, panel, fours, out);
+        case 3: return multiply_panel<3>(left, stride, panel, fours, out);
+        case 4: return multiply_panel<4>(left, stride, panel, fours, out);
+        case 5: return multiply_panel<5>(left, stride, panel, fours, out);
+        default: return multiply_panel<ROWS>(left, stride, panel, fours, out);
+    }
+}
+
+// x / (1 + 2^-y)
+inline __m512 gated(__m512 x, __m512 y) {
+    const __m512 one = _mm512_set1_ps(1.0f);
+    return _mm512_div_ps(x, _mm512_add_ps(one, power(_mm512_sub_ps(_mm512_setzero_ps(), y), 1.0f)));
+}
+
+// x / 2 (1 + erf(x / sqrt 2)), with an absolute error below 1e-6 |x|: erf(z) / z as a fraction of polynomials of z^2.
+inline __m512 gelu(__m512 x) {
+    const __m512 most = _mm512_set1_ps(4.2f);
+    __m512 z = _mm512_mul_ps(x, _mm512_set1_ps(0.70710678118654752440f));
+    z = _mm512_max_ps(_mm512_min_ps(z, most), _mm512_sub_ps(_mm512_setzero_ps(), most));
+    const __m512 t = _mm512_mul_ps(z, z);
+    __m512 over = _mm512_set1_ps(0.000343336505f);
+    over = _mm512_fmadd_ps(over, t, _mm512_set1_ps(0.0100985977f));
+    over = _mm512_fmadd_ps(over, t, _mm512_set1_ps(0.0733514317f));
+    over = _mm512_fmadd_ps(over, t, _mm512_set1_ps(0.350471278f));
+    over = _mm512_fmadd_ps(over, t, _mm512_set1_ps(1.12838351f));
+    __m512 under = _mm512_set1_ps(1.92444139e-05f);
+    under = _mm512_fmadd_ps(under, t, _mm512_set1_ps(0.00250978833f));
+    under = _mm512_fmadd_ps(under, t, _mm512_set1_ps(0.0282136404f));
+    under = _mm512_fmadd_ps(under, t, _mm512_set1_ps(0.179638066f));
+    under = _mm512_fmadd_ps(under, t, _mm512_set1_ps(0.643951907f));
+    under = _mm512_fmadd_ps(under, t, _mm512_set1_ps(1.0f));
+    __m512 inverse = _mm512_rcp14_ps(under);  // and one step of Newton's
+    inverse = _mm512_mul_ps(inverse, _mm512_fnmadd_ps(under, inverse, _mm512_set1_ps(2.0f)));
+    const __m512 erf = _mm512_mul_ps(_mm512_mul_ps(z, over), inverse);
+    const __m512 half = _mm512_mul_ps(x, _mm512_set1_ps(0.5f));
+    return _mm512_fmadd_ps(half, erf, half);
+}
+
+// x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))
+inline __m512 gelu_tanh(__m512 x) {
+    const float twice = 2.0f * 0.79788456080286535588f * LOG2_E;
+    const __m512 cubic = _mm512_fmadd_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(twice * 0.044715f), _mm512_set1_ps(twice));
+    return gated(x, _mm512_mul_ps(x, cubic));
+}
+
+template <int POST>
+inline __m512 apply(__m512 value) {
+    if (POST == RELU) return _mm512_max_ps(value, _mm512_setzero_ps());
+    if (POST == GELU) return gelu(value);
+    if (POST == GELU_TANH) return gelu_tanh(value);
+    return value;
+}
+
+inline void store(const Output &out, int64_t place, __mmask16 there, __m512 value) {
+    if (out.kind == FLOAT32) {
+        _mm512_mask_storeu_ps((float *)out.values + place, there, value);
+    } else if (out.kind == BFLOAT16) {  // to the nearest, to even between two
+        const __m512i bits = _mm512_castps_si512(value);
+        const __m512i odd = _mm512_and_epi32(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+        const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+        const __m512i high = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0));
+        _mm256_mask_storeu_epi16((uint16_t *)out.values + place, there, _mm512_cvtepi32_epi16(high));
+    } else {
+        value = _mm512_fmadd_ps(value, _mm512_set1_ps(out.scale), _mm512_set1_ps(out.zero));
+        value = _mm512_min_ps(_mm512_max_ps(value, _mm512_setzero_ps()), _mm512_set1_ps(255.0f));
+        _mm_mask_storeu_epi8((uint8_t *)out.values + place, there, _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(value)));
+    }
+}
+
+// From sums of integers to outputs, for one row and panel.
+template <int POST>
+void finish_row(const int32_t *sums, const Layer &layer, int64_t column, float scale, int32_t zero, const Output &out,
+                int64_t row) {
+    const __m512 by = _mm512_set1_ps(scale);
+    const __m512i zeros = _mm512_set1_epi32(zero);
+    UNROLL for (int c = 0; c < COLUMNS; c++) {
+        const int64_t at = column + c * LANES;
+        // (q - z) w^T = q w^T - z sum(w), exact in integers
+        const __m512i less = _mm512_mullo_epi32(zeros, _mm512_loadu_si512(layer.sums + at));
+        __m512 value = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_load_si512(sums + c * LANES), less));
+        const __m512 factor = _mm512_mul_ps(_mm512_loadu_ps(layer.scale + at), by);
+        const __m512 bias = layer.bias == nullptr ? _mm512_setzero_ps() : _mm512_loadu_ps(layer.bias + at);
+        value = apply<POST>(_mm512_fmadd_ps(value, factor, bias));
+        store(out, row * layer.out + at, lanes(layer.out - at), value);
+    }
+}
+
+void finish_row(const int32_t *sums, const Layer &layer, int64_t column, float scale, int32_t zero, const Output &out,
+                int64_t row) {
+    switch (out.post) {
+        case RELU: return finish_row<RELU>(sums, layer, column, scale, zero, out, row);
+        case GELU: return finish_row<GELU>(sums, layer, column, scale, zero, out, row);
+        case GELU_TANH: return finish_row<GELU_TANH>(sums, layer, column, scale, zero, out, row);
+        default: return finish_row<NONE>(sums, layer, column, scale, zero, out, row);
+    }
+}
+
+// One part of the output: the rows of a chunk and one panel.
+void multiply_part(const Layer &layer, const Rows &rows, const Output &out, int64_t first, int64_t last, int64_t panel) {
+    alignas(64) int32_t sums[ROWS * PANEL];
+    const int64_t fours = up(layer.in, 4) / 4;
+    for (int64_t row = first; row < last; row += ROWS) {
+        const int64_t count = std::min<int64_t>(ROWS, last - row);
+        multiply_panel(count, rows.values + row * fours * 4, fours * 4, layer.weight + panel * fours * PANEL * 4, fours,
+                       sums);
+        for (int64_t r = 0; r < count; r++) {
+            const int64_t which = rows.by_row ? row + r : 0;
+            finish_row(sums + r * PANEL, layer, panel * PANEL, rows.scales[which], rows.zeros[which], out, row + r);
+        }
+    }
+}
+
+// Within a parallel region: parts are dealt out so that a thread's successive ones read the same rows.
+void multiply_parts(const Layer &layer, const Rows &rows, const Output &out) {
+    const int64_t panels = up(layer.out, PANEL) / PANEL, chunks = up(rows.count, CHUNK_ROWS) / CHUNK_ROWS;
+#pragma omp for schedule(static)
+    for (int64_t part = 0; part < chunks * panels; part++) {
+        const int64_t first = part / panels * CHUNK_ROWS;
+        multiply_part(layer, rows, out, first, std::min(rows.count, first + CHUNK_ROWS), part % panels);
+    }
+}
+
+int team(const Layer &layer, int64_t rows, int64_t threads) {
+    return rows * layer.in * layer.out < FEW ? 1 : (int)threads;
+}
+
+// `count` rows with one range become uint8, with one scale and zero point, both as `token_qparams` finds them.
+void quantize_group(const float *from, int64_t count, int64_t width, bool symmetric, uint8_t *to, float *scale,
+                    int32_t *zero) {
+    __m512 low = _mm512_setzero_ps(), high = _mm512_setzero_ps();
+    __mmask16 bad = 0;
+    for (int64_t at = 0; at < count * width; at += LANES) {
+        const __m512 value = _mm512_maskz_loadu_ps(lanes(count * width - at), from + at);
+        low = _mm512_min_ps(low, value), high = _mm512_max_ps(high, value);
+        bad |= _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+    }
+    const float least = _mm512_reduce_min_ps(low), most = _mm512_reduce_max_ps(high);
+    float step = symmetric ? std::max(-least, most) / 127.5f : (most - least) / 255.0f;
+    float place = 0;
+    if (!symmetric && step > 0) place = std::nearbyint(std::min(127.0f, std::max(-128.0f, -128.0f - least / step)));
+    if (step == 0) step = std::numeric_limits<float>::epsilon();
+    const __m512 inverse = _mm512_set1_ps(1.0f / step), zeros = _mm512_set1_ps(place + 128.0f);
+    // What is not finite makes all outputs of its rows NaN, as it does in float.
+    const float kept = bad || !std::isfinite(step) ? std::numeric_limits<float>::quiet_NaN() : step;
+    for (int64_t row = 0; row < count; row++, from += width, to += up(width, 4)) {
+        for (int64_t at = 0; at < width; at += LANES) {
+            const __mmask16 there = lanes(width - at);
+            __m512 value = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(there, from + at), inverse, zeros);
+            value = _mm512_min_ps(_mm512_max_ps(value, _mm512_setzero_ps()), _mm512_set1_ps(255.0f));
+            _mm_mask_storeu_epi8(to + at, there, _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(value)));
+        }
+        scale[row] = kept, zero[row] = (int32_t)place + 128;
+    }
+}
+
+Layer read_layer(const int64_t *numbers) {
+    return {(const int8_t *)numbers[0], (const float *)numbers[1], (const int32_t *)numbers[2],
+            (const float *)numbers[3],  numbers[4],                numbers[5]};
+}
+
+}  // namespace
+
+// numbers: input, output, rows, kind, post, zero point, threads; floats: input scale, one over the
+// output scale, the output's zero point.
+extern "C" void hf_quant_product(const int64_t *layer_numbers, const int64_t *numbers, const float *floats) {
+    const Layer layer = read_layer(layer_numbers);
+    const int32_t zero = (int32_t)numbers[5];
+    const Rows rows{(const uint8_t *)numbers[0], floats, &zero, 0, numbers[2]};
+    const Output out{(void *)numbers[1], numbers[3], numbers[4], floats[1], floats[2]};
+#pragma omp parallel num_threads(team(layer, rows.count, numbers[6]))
+    multiply_parts(layer, rows, out);
+}
+
+// numbers: input (float32), output, rows, kind, post, rows to a range, whether symmetric, threads.
+extern "C" int hf_quant_product_by_token(const int64_t *layer_numbers, const int64_t *numbers) {
+    const Layer layer = read_layer(layer_numbers);
+    const int64_t count = numbers[2], group = numbers[5], stride = up(layer.in, 4);
+    char *memory = (char *)std::malloc(count * (stride + sizeof(float) + sizeof(int32_t)));
+    if (memory == nullptr) return 1;
+    float *scales = (float *)memory;
+    int32_t *zeros = (int32_t *)(scales + count);
+    uint8_t *values = (uint8_t *)(zeros + count);
+    const Rows rows{values, scales, zeros, 1, count};
+    const Output out{(void *)numbers[1], numbers[3], numbers[4], 1.0f, 0.0f};
+#pragma omp parallel num_threads(team(layer, count, numbers[7]))
+    {
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < count; row += group)
+            quantize_group((const float *)numbers[0] + row * layer.in, group, layer.in, numbers[6],
+                           values + row * stride, scales + row, zeros + row);
+        multiply_parts(layer, rows, out);
+    }
+    std::free(memory);
+    return 0;
+}

@@ -1,0 +1,96 @@
+"""optimize() with the package's own kernels, on CPUs that have AVX-512 VNNI."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_quant import load_quantized, optimize, quantize_dynamic, quantize_static
+from hf_quant.quantization.sensitivity import sqnr
+from hf_quant.runtime import choice, vnni
+from tests.integration.test_optimize_models import CLOSE, MODELS, SAME, Found, flat, found
+from tests.zoo import batch_for, build, outputs
+
+pytestmark = pytest.mark.skipif(not vnni.available(), reason="this CPU has no AVX-512 VNNI, or has AMX too")
+
+# A feed-forward layer's activation function ends the layer, with any scheme; this one's ends two more.
+DYNAMIC = {name: replace(each, attentions=0) for name, each in MODELS.items()} | {"vit": Found(12, 2, 2, 0)}
+
+
+@pytest.fixture(autouse=True)
+def own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(choice, "choose", lambda *_: "vnni")
+    yield
+    torch._dynamo.reset()
+
+
+def same(floats: Tensor, expected: Tensor, got: Tensor) -> None:
+    """Equal but for rounding of sums, which may round a value after it to the other side, for better or worse."""
+    assert sqnr(expected, got) > SAME or (
+        sqnr(expected, got) > CLOSE and sqnr(floats, got) > sqnr(floats, expected) - 1
+    )
+
+
+@pytest.mark.parametrize("species", MODELS)
+def test_static_layers(species: str) -> None:
+    model = build(species)
+    batch = batch_for(species, model)
+    floats = flat(model, batch)
+    model = quantize_static(model, [batch], progress=False)
+    expected = flat(model, batch)
+    model = optimize(model, compile=False, dtype="float32")
+    same(floats, expected, flat(model, batch))
+    assert found(model) == [replace(MODELS[species], attentions=0)]
+
+
+@pytest.mark.parametrize("species", MODELS)
+def test_dynamic_layers(species: str) -> None:
+    model = build(species)
+    batch = batch_for(species, model)
+    floats = flat(model, batch)
+    model = quantize_dynamic(model, progress=False)
+    expected = flat(model, batch)
+    model = optimize(model, compile=False, dtype="float32")
+    same(floats, expected, flat(model, batch))
+    assert found(model) == [DYNAMIC[species]]
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("scheme", ["static", "dynamic"])
+def test_attention_by_integers(scheme: str, compile: bool) -> None:
+    model = build("bert")
+    batch = batch_for("bert", model)
+    model = quantize_dynamic(model) if scheme == "dynamic" else quantize_static(model, [batch], progress=False)
+    expected = flat(model, batch)
+    model = optimize(model, compile=compile)
+    assert sqnr(expected, flat(model, batch)) > CLOSE
+    graph = model.forward._forward.graphs[0]
+    assert graph.attentions == 2
+    assert graph.rounded == (2 if scheme == "static" else 0)
+
+
+def test_layers_all_in_bfloat16() -> None:
+    model = quantize_dynamic(build("bert"), progress=False)
+    batch = batch_for("bert", model)
+    expected = flat(model, batch)
+    model = optimize(model, compile=False, dtype="bfloat16")
+    assert {value.dtype for value in outputs(model, batch).values()} == {torch.bfloat16}
+    assert sqnr(expected, flat(model, batch)) > CLOSE
+
+
+@pytest.mark.parametrize("scheme", ["static", "dynamic"])
+def test_what_is_saved_is_what_was_loaded(scheme: str, tmp_path) -> None:
+    model = build("bert")
+    batch = batch_for("bert", model)
+    model = quantize_dynamic(model) if scheme == "dynamic" else quantize_static(model, [batch], progress=False)
+    model.save_pretrained(tmp_path / "before")
+    optimized = optimize(model, batch, compile=False)
+    optimized.save_pretrained(tmp_path / "after")
+    before, after = (load_quantized(tmp_path / name).state_dict() for name in ("before", "after"))
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert torch.equal(value, after[name]), name

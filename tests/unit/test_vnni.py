@@ -1,0 +1,277 @@
+"""The kernels for AVX-512 VNNI against PyTorch's in double precision; skipped on CPUs that do without them."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hf_quant.qparams import dequantize, quantize, token_qparams
+from hf_quant.runtime import cpu, products, vnni
+
+needs_vnni = pytest.mark.skipif(not vnni.available(), reason="this CPU has no AVX-512 VNNI, or has AMX too")
+
+
+def decibels(got: Tensor, expected: Tensor) -> float:
+    noise = (got.double() - expected).square().sum().item()
+    return 10 * math.log10(expected.square().sum().item() / noise) if noise else math.inf
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+def factors(batch: int, heads: int, kv: int, queries: int, keys: int, width: int, value_width: int) -> list[Tensor]:
+    """Query, key and value, each a slice of what one layer gives, as models have them."""
+    torch.manual_seed(batch + 10 * queries + 100 * keys + 1000 * width)
+    sizes = ((heads, queries, width), (kv, keys, width), (kv, keys, value_width))
+    return [2 * torch.randn(batch, rows, count * size + 16)[..., 16:].view(batch, rows, count, size).transpose(1, 2)
+            for count, rows, size in sizes]  # fmt: skip
+
+
+def expected_attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, causal: bool, scale: float) -> Tensor:
+    groups = query.shape[1] // key.shape[1]
+    key, value = (each.double().repeat_interleave(groups, 1) for each in (key, value))
+    scores = scale * query.double() @ key.transpose(2, 3)
+    if mask is not None:
+        scores = scores + mask
+    if causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[2:], dtype=torch.bool).triu(1), -math.inf)
+    return scores.softmax(-1) @ value
+
+
+@needs_vnni
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (2, 3, 3, 7, 7, 16, 16),
+        (1, 2, 2, 128, 128, 32, 32),
+        (3, 4, 2, 65, 65, 64, 64),
+        (1, 6, 1, 33, 200, 48, 80),
+        (2, 1, 1, 5, 1, 128, 16),
+        (1, 1, 1, 300, 700, 96, 96),
+        (1, 1, 1, 2, 70, 512, 512),
+    ],
+    ids=str,
+)
+def test_attention(sizes: tuple[int, ...], causal: bool, threads: int) -> None:
+    query, key, value = factors(*sizes)
+    scale = sizes[5] ** -0.5
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        got = vnni.attention(query, key, value, None, causal, scale)
+    finally:
+        torch.set_num_threads(before)
+    assert got.transpose(1, 2).is_contiguous(), "heads lie side by side"
+    assert decibels(got, expected_attention(query, key, value, None, causal, scale)) > 50
+
+
+@needs_vnni
+@pytest.mark.parametrize("shape", [(3, 1, 1, 41), (1, 1, 41, 41), (3, 2, 41, 41), (3, 1, 41, 41)], ids=str)
+def test_masks(shape: tuple[int, ...]) -> None:
+    query, key, value = factors(3, 2, 2, 41, 41, 32, 32)
+    mask = torch.randn(shape).masked_fill_(torch.rand(shape) < 0.3, -1e30)
+    got = vnni.attention(query, key, value, mask, False, 0.2)
+    assert decibels(got, expected_attention(query, key, value, mask.double(), False, 0.2)) > 50
+
+
+@needs_vnni
+def test_a_row_without_a_key_is_the_mean() -> None:
+    query, key, value = factors(1, 1, 1, 4, 10, 16, 16)
+    got = vnni.attention(query, key, value, torch.full((1, 1, 1, 10), -1e30), False, 0.25)
+    torch.testing.assert_close(got, value.mean(2, keepdim=True).expand(-1, -1, 4, -1), rtol=0, atol=2e-2)
+
+
+@needs_vnni
+def test_rounded_attention() -> None:
+    query, key, value = factors(2, 3, 3, 50, 50, 32, 32)
+    plain = vnni.attention(query, key, value, None, False, 0.2)
+    got = vnni.attention(query, key, value, None, False, 0.2, 0.013, 117)
+    expected = (plain / 0.013 + 117).round().clamp(0, 255)
+    assert got.dtype == torch.uint8
+    assert (got.float() - expected).abs().max() <= 1
+    assert (got.float() != expected).float().mean() < 1e-3
+
+
+@needs_vnni
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", [0, 1, 2])
+def test_what_is_not_finite_stays_visible(where: int, value: float) -> None:
+    parts = factors(2, 2, 2, 9, 9, 16, 16)
+    parts[where][1, 0, 3, 5] = value
+    got = vnni.attention(*parts, None, False, 0.25)
+    assert got[1, 0].isnan().all()
+    assert got[0].isfinite().all()
+    assert got[1, 1].isfinite().all()
+
+
+@needs_vnni
+def test_zeros() -> None:
+    query, key, value = (torch.zeros(1, 1, 8, 16) for _ in range(3))
+    assert torch.equal(vnni.attention(query, key, value, None, False, 1.0), torch.zeros(1, 1, 8, 16))
+
+
+@needs_vnni
+@pytest.mark.parametrize("sizes", [(0, 2, 2, 5, 5, 16, 16), (2, 2, 2, 0, 5, 16, 16)], ids=str)
+def test_nothing_to_attend(sizes: tuple[int, ...]) -> None:
+    query, key, value = factors(*sizes)
+    assert vnni.attention(query, key, value, None, False, 1.0).shape == (*query.shape[:3], 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "fits"),
+    [
+        ({}, True),
+        ({"width": 24}, False),
+        ({"width": 528}, False),
+        ({"queries": 1}, False),
+        ({"dtype": torch.bfloat16}, False),
+        ({"device": "meta"}, False),
+    ],
+    ids=str,
+)
+def test_what_it_is_made_for(change: dict[str, Any], fits: bool) -> None:
+    kind = {"dtype": change.get("dtype", torch.float32), "device": change.get("device", "cpu")}
+    query = torch.empty(2, 3, change.get("queries", 8), change.get("width", 32), **kind)
+    key = torch.empty(2, 3, 8, change.get("width", 32), **kind)
+    assert vnni.attends(query, key, key) == fits
+
+
+# --- Linear layers ---------------------------------------------------------------------------------------------------
+
+sizes_of_layers = st.tuples(st.integers(1, 20), st.integers(1, 150), st.integers(1, 150))
+
+
+@needs_vnni
+@given(sizes_of_layers)
+@settings(max_examples=50, deadline=None)
+def test_packing(sizes: tuple[int, int, int]) -> None:
+    _, rows, columns = sizes
+    integers = torch.randint(-128, 128, (rows, columns), dtype=torch.int8)
+    packed = vnni.pack(integers)
+    assert packed.shape == (-(-rows // 64), -(-columns // 4), 64, 4)
+    assert torch.equal(vnni.unpack(packed, rows, columns), integers)
+
+
+def weight(rows: int, columns: int, bias: bool) -> tuple[vnni.Weight, Tensor, Tensor | None]:
+    integers = torch.randint(-128, 128, (rows, columns), dtype=torch.int8)
+    scale = torch.rand(rows) * 0.01
+    shift = torch.randn(rows) if bias else None
+    beside = products.Rows(integers, scale, shift)
+    return beside.weight(vnni.pack(integers)), integers.double() * scale[:, None], shift
+
+
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+def close(got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    rough = 2**-8 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(got.double(), expected, rtol=rough, atol=rough * float(expected.abs().max()) + 1e-6)
+
+
+@needs_vnni
+@given(sizes_of_layers, st.booleans(), st.sampled_from(sorted(ACTIVATIONS)), st.integers(0, 255), st.integers(0, 99))
+@settings(max_examples=150, deadline=None)
+def test_products(sizes: tuple[int, int, int], bias: bool, post: str, zero: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    tokens, rows, columns = sizes
+    layer, values, shift = weight(rows, columns, bias)
+    quantized = torch.randint(0, 256, (tokens, columns), dtype=torch.uint8)
+    expected = (quantized.double() - zero) * 0.03 @ values.t()
+    expected = ACTIVATIONS[post](expected if shift is None else expected + shift)
+    for dtype in (torch.float32, torch.bfloat16):
+        close(layer.product(quantized, 0.03, zero, dtype, post), expected, dtype)
+    got = layer.product(quantized, 0.03, zero, torch.uint8, post, 0.2, 50)
+    assert (got.double() - (expected / 0.2 + 50).round().clamp(0, 255)).abs().max() <= 1
+
+
+@needs_vnni
+@given(sizes_of_layers, st.booleans(), st.booleans(), st.sampled_from(sorted(ACTIVATIONS)), st.integers(0, 99))
+@settings(max_examples=150, deadline=None)
+def test_products_by_token(sizes: tuple[int, int, int], bias: bool, symmetric: bool, post: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    tokens, rows, columns = sizes
+    layer, values, shift = weight(rows, columns, bias)
+    x = torch.randn(1, tokens, columns) * torch.logspace(-3, 3, tokens)[:, None]
+    scale, zeros = token_qparams(x, symmetric)
+    expected = dequantize(quantize(x, scale, zeros), scale, zeros).double() @ values.t()
+    expected = ACTIVATIONS[post](expected if shift is None else expected + shift)
+    step = scale.double() * values.abs().amax(-1)  # one value may round to the other side
+    for dtype in (torch.float32, torch.bfloat16):
+        got = layer.product_by_token(x, 1, symmetric, dtype, post).double()
+        off = (got - expected).abs() - 1.2 * step
+        assert (off <= 2**-8 * expected.abs() + 1e-5).all()
+
+
+@needs_vnni
+def test_tokens_that_share_a_range() -> None:
+    torch.manual_seed(0)
+    layer, values, shift = weight(70, 30, True)
+    x = torch.randn(12, 30)
+    got = layer.product_by_token(x, 4, False, torch.float32)
+    for start in range(0, 12, 4):
+        scale, zeros = token_qparams(x[start : start + 4], False)  # two dimensions have one range
+        part = dequantize(quantize(x[start : start + 4], scale, zeros), scale, zeros).double()
+        close(got[start : start + 4], part @ values.t() + shift, torch.float32)
+
+
+@needs_vnni
+def test_tokens_of_zeros_and_of_what_is_not_finite() -> None:
+    layer, _, shift = weight(70, 30, True)
+    x = torch.zeros(4, 30)
+    x[1, 3], x[2, 29] = math.nan, math.inf
+    for symmetric in (False, True):
+        got = layer.product_by_token(x, 1, symmetric, torch.float32)
+        torch.testing.assert_close(got[0], shift)
+        torch.testing.assert_close(got[3], shift)
+        assert got[1:3].isnan().all()
+
+
+@needs_vnni
+def test_activation_functions_are_those_of_torch() -> None:
+    values = torch.linspace(-12, 12, 4001)
+    rows = products.Rows(torch.zeros(4001, 4, dtype=torch.int8), torch.ones(4001), values)
+    layer = rows.weight(vnni.pack(torch.zeros(4001, 4, dtype=torch.int8)))
+    for post, function in ACTIVATIONS.items():
+        got = layer.product(torch.zeros(1, 4, dtype=torch.uint8), 1.0, 0, torch.float32, post)[0]
+        assert ((got - function(values.double())).abs() <= 1e-6 * values.abs() + 1e-6).all(), post
+
+
+# --- where they are there --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "features", [{"avx512_vnni": False, "amx_int8": False}, {"avx512_vnni": True, "amx_int8": True}]
+)
+def test_cpus_that_do_without(features: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "features", lambda: features)
+    assert not vnni.available.__wrapped__()
+
+
+@needs_vnni
+def test_kernels_that_do_not_compile_are_done_without(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(vnni, "_SOURCES", ("common.h",))  # which compiles, and holds no kernel
+    vnni._library.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING, "hf_quant.runtime.vnni"):
+            assert not vnni.available.__wrapped__()
+        assert "the kernels for AVX-512 VNNI cannot be used" in caplog.text
+        assert "hf_quant_attention" in caplog.text
+    finally:
+        vnni._library.cache_clear()
