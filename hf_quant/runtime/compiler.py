@@ -14,8 +14,9 @@ from torch import Tensor, fx, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from . import attention, cpu, cuda, vnni
+from .between import Attention
 from .ops import Layer
-from .rewrite import Attention, Rewritten, merged_layer, rewrite
+from .rewrite import Rewritten, merged_layer, rewrite
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +160,7 @@ class CompiledForward:
         from torch._inductor import config
         from torch._inductor.compile_fx import compile_fx
 
-        with config.patch({"triton.cudagraphs": recorded, **cuda.OPTIONS}):
+        with config.patch({"triton.cudagraphs": recorded}):
             return cast(Callable[..., Any], compile_fx(module, inputs))
 
     def _merge(self, layers: list[Layer]) -> Layer:

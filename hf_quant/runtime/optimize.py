@@ -50,7 +50,13 @@ def optimize(
     `dtype="float32"` by no more than the rounding of sums. Optimize last: an optimized model is not moved, cast,
     copied or trained.
 
-    On CUDA the integer products run through `torch._int_mm` and Inductor's epilogues; nothing is rewritten.
+    On CUDA nothing is rewritten, and batches run with their padding. Weights alone (`int8_weight_only`,
+    `int4_weight_only`) are read as integers for up to 16 tokens: int8 in float16 and bfloat16 models; int4 in bfloat16
+    ones, which hold it in the layout of PyTorch's kernel. For more tokens each product dequantizes first, and is
+    slower than bfloat16's own. Integer activations go through `torch._int_mm` and Inductor's epilogues; from about a
+    thousand tokens on, these products were no faster than bfloat16's on an H200 (`benchmarks/results/gpu.json`), so
+    expect int8 to save memory there rather than time. A further token on a static cache replays a recorded CUDA graph,
+    if it is the main thread that asks.
 
     Args:
         model (`torch.nn.Module` or `str`): a quantized model, or its folder or hub id for [`load_quantized`].

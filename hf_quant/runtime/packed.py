@@ -25,7 +25,8 @@ class PackedLinear(QuantizedModule):
     those of the compressed-tensors layout, format `pack-quantized`: element i of a row, plus 2^(bits-1), lies at bits
     `i * bits` and up.
 
-    The product is one of floats: the weight is unpacked at each forward, so memory stays small and no time is won.
+    The product is one of floats: the weight is unpacked at each forward, so memory stays small and no time is won,
+    until [`optimize`] prepares it.
 
     Args:
         in_features (`int`): size of the input's last dimension.

@@ -13,26 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from . import ops, vnni
+from .between import Attention, args_of, fuse_norms, name_of, replace_attention, round_attention
 from .ops import Layer, prepare
 
-# What may stand between a score's product, its softmax and the product with the values.
-_BETWEEN = (
-    "add",
-    "iadd",
-    "mul",
-    "imul",
-    "truediv",
-    "sub",
-    "float",
-    "to",
-    "type_as",
-    "masked_fill",
-    "dropout",
-    "contiguous",
-)
 _IN_PLACE = ("iadd", "iand", "ifloordiv", "imod", "imul", "ior", "ipow", "isub", "itruediv", "ixor", "setitem")
-_VIEWS = ("transpose", "reshape", "view", "contiguous", "flatten", "permute")
-_PRODUCTS = (torch.matmul, torch.bmm, operator.matmul)
 _POSTS: dict[Any, Callable[[fx.Node], str | None]] = {
     F.relu: lambda node: "relu",
     torch.relu: lambda node: "relu",
@@ -50,6 +34,7 @@ class Rewritten:
         fused (`int`): activation functions that a product took in, with the next layer's rounding if that is static.
         attentions (`int`): attentions, or products of one, by other products than PyTorch's.
         rounded (`int`): attentions that end in the next layer's rounding.
+        norms (`int`): layer normalizations by the package's own kernel, with the sum before and the rounding after.
     """
 
     layers: int = 0
@@ -57,10 +42,7 @@ class Rewritten:
     fused: int = 0
     attentions: int = 0
     rounded: int = 0
-
-
-# What may stand for `scaled_dot_product_attention`, and whether it takes a query, key and value of that kind.
-Attention = tuple[Callable[[Tensor, Tensor, Tensor], bool], Callable[..., Tensor]]
+    norms: int = 0
 
 
 def rewrite(
@@ -88,8 +70,10 @@ def rewrite(
     for node in list(_linears(graph)):
         _expand(graph, node)
     _fuse(graph, found)
-    _attention(graph, attentions, bfloat16, found)
-    _round_attention(graph, found)
+    found.attentions = replace_attention(graph, attentions, bfloat16)
+    found.rounded = round_attention(graph)
+    if vnni.available():
+        found.norms = fuse_norms(graph)
     # No other node: a method that changes its tensor, such as a static cache's, has no users either.
     graph.eliminate_dead_code(lambda node: node.target is not operator.getitem)
     graph.lint()
@@ -101,12 +85,8 @@ def _linears(graph: fx.Graph) -> Iterator[fx.Node]:
     return (node for node in graph.nodes if node.op == "call_function" and node.target is ops.linear)
 
 
-def _args(node: fx.Node) -> tuple[Any, ...]:
-    return node.args
-
-
 def _layer(node: fx.Node) -> Layer:
-    return ops.layer(_args(node)[1])
+    return ops.layer(args_of(node)[1])
 
 
 def _drop_dropout(graph: fx.Graph) -> None:
@@ -154,7 +134,7 @@ def _changes_in_place(node: fx.Node) -> bool:
     """Whether a value, maybe the input of layers before and after it, is written over."""
     if node.op not in ("call_function", "call_method"):
         return False
-    name = _name(node)
+    name = name_of(node)
     in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
     return in_place or node.kwargs.get("inplace") is True or "out" in node.kwargs
 
@@ -174,7 +154,7 @@ def _joined(graph: fx.Graph, nodes: list[fx.Node], place: int) -> fx.Node | None
 
 def _expand(graph: fx.Graph, node: fx.Node) -> None:
     """Quantizing, product and rescaling as nodes of their own, for Inductor to fuse with what is around them."""
-    input, number, bias, row_sums = _args(node)
+    input, number, bias, row_sums = args_of(node)
     here = ops.layer(number)
     value = input.meta.get("example_value")
     if here.scheme.activations is None or (value is not None and _is_empty(value)):
@@ -215,7 +195,7 @@ def _product(
 def _fuse(graph: fx.Graph, found: Rewritten) -> None:
     """An activation function as the end of a layer; between two static ones with the second one's rounding."""
     for node in list(graph.nodes):
-        if _post(node) is not None and _args(node)[0].target is ops.by_token:
+        if _post(node) is not None and args_of(node)[0].target is ops.by_token:
             found.fused += _end_by_token(graph, node)
             continue
         if node.op != "call_function" or node.target is not ops.quantize_static:
@@ -250,104 +230,13 @@ def _post(node: fx.Node) -> str | None:
 
 
 def _end_by_token(graph: fx.Graph, node: fx.Node) -> bool:
-    layer = _args(node)[0]
+    layer = args_of(node)[0]
     if len(layer.users) > 1 or layer.args[2] != "none":
         return False
     layer.args = (*layer.args[:2], _post(node))
     node.replace_all_uses_with(layer)
     graph.erase_node(node)
     return True
-
-
-def _attention(graph: fx.Graph, attentions: Sequence[Attention], bfloat16: bool, found: Rewritten) -> None:
-    masks: dict[fx.Node, fx.Node] = {}
-    for node in list(graph.nodes):
-        if node.op != "call_function":
-            continue
-        if node.target is F.scaled_dot_product_attention:
-            found.attentions += _whole_attention(graph, node, attentions, masks)
-        elif bfloat16 and node.target in (F.softmax, torch.softmax):
-            for product in _around(node):
-                found.attentions += _in_bfloat16(graph, product)
-
-
-def _whole_attention(
-    graph: fx.Graph, node: fx.Node, attentions: Sequence[Attention], masks: dict[fx.Node, fx.Node]
-) -> bool:
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    query, mask, causal = given["query"], given.get("attn_mask"), given.get("is_causal", False)
-    values = [given[name].meta.get("example_value") for name in names[:3]]
-    if given.get("dropout_p", 0.0) != 0.0 or not isinstance(causal, bool) or None in values:
-        return False
-    attention = next((function for fits, function in attentions if fits(*values)), None)
-    if attention is None:
-        return False
-    scale = given.get("scale")
-    if scale is None:
-        scale = float(values[0].shape[-1]) ** -0.5
-    with graph.inserting_before(node):
-        if mask is not None:
-            if mask not in masks:
-                masks[mask] = graph.call_function(ops.additive_mask, (mask,))
-            mask = masks[mask]
-        new = graph.call_function(attention, (query, given["key"], given["value"], mask, causal, scale))
-    new.meta = dict(node.meta)
-    node.replace_all_uses_with(new)
-    graph.erase_node(node)
-    return True
-
-
-def _round_attention(graph: fx.Graph, found: Rewritten) -> None:
-    """The rounding of a static layer's input as the end of the attention that it comes from."""
-    for node in list(graph.nodes):
-        if node.op != "call_function" or node.target is not ops.quantize_static:
-            continue
-        source, scale, zero_point = _args(node)
-        views = []
-        while isinstance(source, fx.Node) and len(source.users) == 1 and _name(source) in _VIEWS:
-            views.append(source)
-            source = source.args[0]
-        if not isinstance(source, fx.Node) or source.target is not vnni.attention or len(source.users) != 1:
-            continue
-        source.args = (*source.args[:6], scale, zero_point)
-        node.replace_all_uses_with(node.args[0])
-        graph.erase_node(node)
-        for changed in (source, *views):  # their example values are floats
-            changed.meta = {}
-        found.rounded += 1
-
-
-def _around(softmax: fx.Node) -> list[fx.Node]:
-    """The product of scores before a softmax and the one of values after it, in models that write them out."""
-    before, after = softmax.args[0], softmax
-    while isinstance(before, fx.Node) and _name(before) in _BETWEEN:
-        before = before.args[0]
-    while len(after.users) == 1 and _name(user := next(iter(after.users))) in _BETWEEN:
-        after = user
-    found = [before] if isinstance(before, fx.Node) and before.target in _PRODUCTS else []
-    return found + [user for user in after.users if user.target in _PRODUCTS and user.args[0] is after]
-
-
-def _name(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-
-
-def _in_bfloat16(graph: fx.Graph, product: fx.Node) -> bool:
-    value = product.meta.get("example_value")
-    if value is None or value.dtype != torch.float32 or value.device.type != "cpu" or value.ndim < 3:
-        return False
-    with graph.inserting_before(product):
-        new = graph.call_function(bfloat16_product, product.args)
-    new.meta = dict(product.meta)
-    product.replace_all_uses_with(new)
-    graph.erase_node(product)
-    return True
-
-
-def bfloat16_product(left: Tensor, right: Tensor) -> Tensor:
-    """`left @ right` with factors rounded to bfloat16, as float32."""
-    return torch.matmul(left.to(torch.bfloat16), right.to(torch.bfloat16)).float()
 
 
 def merged_layer(layers: list[Layer]) -> Layer:

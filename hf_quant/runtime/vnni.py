@@ -1,4 +1,4 @@
-"""Kernels of this package's own for CPUs with AVX-512 VNNI, in C++: attention, and Linear layers as a whole.
+"""Kernels of this package's own for CPUs with AVX-512 VNNI, in C++: attention, norms, and Linear layers as a whole.
 
 oneDNN's int8 products are as fast for many tokens, but not for a few, and end where a layer's other work begins.
 """
@@ -20,10 +20,11 @@ logger = logging.getLogger(__name__)
 
 PANEL = 64  # outputs
 _FOURS = 4  # inputs
-_SOURCES = ("common.h", "attention.cpp", "linear.cpp")
+_SOURCES = ("common.h", "attention.cpp", "linear.cpp", "norm.cpp")
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
 # Arrays of arguments.
-_Three, _Seven, _Eight, _Thirty = ctypes.c_float * 3, ctypes.c_int64 * 7, ctypes.c_int64 * 8, ctypes.c_int64 * 30
+_Three, _Seven, _Eight = ctypes.c_float * 3, ctypes.c_int64 * 7, ctypes.c_int64 * 8
+_Nine, _Thirty = ctypes.c_int64 * 9, ctypes.c_int64 * 30
 _POSTS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3}
 
 
@@ -39,7 +40,7 @@ def available() -> bool:
         return False
     try:
         _library()
-        if _attends() and _multiplies():
+        if _multiplies() and _attends() and _normalizes():
             return True
         reason = "they give wrong results"
     except Exception as error:  # what a compiler may say has no class of its own
@@ -59,6 +60,7 @@ def _library() -> ctypes.CDLL:
         ("hf_quant_attention", 2, ctypes.c_int),
         ("hf_quant_product", 3, None),
         ("hf_quant_product_by_token", 2, ctypes.c_int),
+        ("hf_quant_norm", 2, None),
     ):
         function = getattr(library, name)
         function.argtypes, function.restype = [pointer] * arguments, result
@@ -159,21 +161,6 @@ class Weight:
         return output
 
 
-def _multiplies() -> bool:
-    """Whether products of the largest values are exact."""
-    integers = torch.full((70, 66), -127, dtype=torch.int8)
-    integers[1::2] = 127
-    sums = integers.sum(-1, dtype=torch.int32)
-    weight = Weight(pack(integers), pad(torch.ones(70)), pad(sums), None, 66, 70)
-    quantized = torch.full((8, 66), 255, dtype=torch.uint8)
-    quantized[1::2] = 0
-    expected = (quantized.float() - 128) @ integers.float().t()
-    if not torch.equal(weight.product(quantized, 1.0, 128, torch.float32), expected):
-        return False
-    got = weight.product_by_token(quantized.float() - 127.5, 1, True, torch.float32)
-    return torch.allclose(got, (quantized.float() - 127.5) @ integers.float().t(), rtol=0.01)
-
-
 # --- attention -------------------------------------------------------------------------------------------------------
 
 _LANES = 16  # values of 32 bits in a register
@@ -204,23 +191,27 @@ def _attention(
     out_zero_point: int = 0,
 ) -> Tensor:
     batch, heads, queries, width = query.shape
-    keys, value_width = key.shape[2], value.shape[-1]
-    query, key, value = (_by_rows(each) for each in (query, key, value))
-    output = _fake_attention(query, key, value, mask, causal, scale, out_scale)
-    mask_strides: tuple[int, ...] = (0, 0, 0)
+    keys, value_width = value.shape[2:]
+    query, key, value = _by_rows(query), _by_rows(key), _by_rows(value)
+    output = torch.empty(
+        (batch, queries, heads, value_width), dtype=torch.float32 if out_scale is None else torch.uint8
+    )
+    if not output.numel():
+        return output.transpose(1, 2)
+    mask_pointer, mask_strides = 0, (0, 0, 0)
     if mask is not None:
         mask = _by_rows(mask.expand(batch, heads, queries, keys))
-        mask_strides = mask.stride()[:3]
-    numbers = (
-        query.data_ptr(), key.data_ptr(), value.data_ptr(), 0 if mask is None else mask.data_ptr(), output.data_ptr(),
+        mask_pointer, mask_strides = mask.data_ptr(), mask.stride()[:3]
+    row = heads * value_width
+    numbers = _Thirty(
+        query.data_ptr(), key.data_ptr(), value.data_ptr(), mask_pointer, output.data_ptr(),
         batch, heads, key.shape[1], queries, keys, width, value_width, causal, out_scale is not None,
         torch.get_num_threads(),
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *mask_strides, *output.stride()[:3],
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *mask_strides, queries * row, value_width, row,
     )  # fmt: skip
-    floats = (scale, 1.0 if out_scale is None else out_scale, out_zero_point)
-    if output.numel() and _library().hf_quant_attention(_Thirty(*numbers), _Three(*floats)):
+    if _library().hf_quant_attention(numbers, _Three(scale, 1.0 if out_scale is None else out_scale, out_zero_point)):
         raise MemoryError(f"no memory for the attention of {keys} keys of width {width}")
-    return output
+    return output.transpose(1, 2)
 
 
 def _by_rows(tensor: Tensor) -> Tensor:
@@ -257,6 +248,81 @@ torch.library.register_fake("hf_quant::attention", _fake_attention, lib=_LIBRARY
 attention = torch.ops.hf_quant.attention.default
 
 
+# --- norms -----------------------------------------------------------------------------------------------------------
+
+
+def _norm(
+    first: Tensor,
+    second: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    epsilon: float,
+    out_scale: float | None,
+    out_zero_point: int,
+) -> tuple[Tensor, Tensor]:
+    first = first.contiguous()
+    second = None if second is None else second.contiguous()
+    output = torch.empty_like(first)
+    rounded = torch.empty(0 if out_scale is None else first.shape, dtype=torch.uint8)
+    width = first.shape[-1]
+    numbers = _Nine(
+        first.data_ptr(),
+        0 if second is None else second.data_ptr(),
+        0 if weight is None else weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        output.data_ptr(),
+        0 if out_scale is None else rounded.data_ptr(),
+        width,
+        first.numel() // width,
+        torch.get_num_threads(),
+    )
+    _library().hf_quant_norm(numbers, _Three(epsilon, 1.0 if out_scale is None else 1 / out_scale, out_zero_point))
+    return output, rounded
+
+
+def _fake_norm(
+    first: Tensor,
+    second: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    epsilon: float,
+    out_scale: float | None,
+    out_zero_point: int,
+) -> tuple[Tensor, Tensor]:
+    rounded = first.new_empty(0 if out_scale is None else first.shape, dtype=torch.uint8)
+    return first.new_empty(first.shape), rounded
+
+
+_LIBRARY.define(
+    "norm(Tensor first, Tensor? second, Tensor? weight, Tensor? bias, float epsilon, float? out_scale, "
+    "int out_zero_point) -> (Tensor, Tensor)"
+)
+_LIBRARY.impl("norm", _norm, "CPU")
+torch.library.register_fake("hf_quant::norm", _fake_norm, lib=_LIBRARY)
+
+# Layer normalization over the last dimension of one float32 tensor or the sum of two alike; and, with an `out_scale`,
+# the same as uint8, as from [`quantize_static`].
+norm = torch.ops.hf_quant.norm.default
+
+
+# --- whether they are right ------------------------------------------------------------------------------------------
+
+
+def _multiplies() -> bool:
+    """Whether products of the largest values are exact."""
+    integers = torch.full((70, 66), -127, dtype=torch.int8)
+    integers[1::2] = 127
+    sums = integers.sum(-1, dtype=torch.int32)
+    weight = Weight(pack(integers), pad(torch.ones(70)), pad(sums), None, 66, 70)
+    quantized = torch.full((8, 66), 255, dtype=torch.uint8)
+    quantized[1::2] = 0
+    expected = (quantized.float() - 128) @ integers.float().t()
+    if not torch.equal(weight.product(quantized, 1.0, 128, torch.float32), expected):
+        return False
+    got = weight.product_by_token(quantized.float() - 127.5, 1, True, torch.float32)
+    return torch.allclose(got, (quantized.float() - 127.5) @ integers.float().t(), rtol=0.01)
+
+
 def _attends() -> bool:
     values = torch.arange(3 * 2 * 37 * 16, dtype=torch.float32).mul_(0.7).sin_().view(3, 1, 2, 37, 16).mul_(2)
     mask = torch.zeros(1, 1, 1, 37)
@@ -264,3 +330,9 @@ def _attends() -> bool:
     query, key, value = values.unbind()
     got = _attention(query, key, value, mask, False, 0.25)
     return torch.allclose(got, F.scaled_dot_product_attention(query, key, value, mask), rtol=0, atol=1e-2)
+
+
+def _normalizes() -> bool:
+    values = torch.arange(3 * 50, dtype=torch.float32).sin_().view(3, 50)
+    got, _ = _norm(values, values, values[0], values[1], 1e-5, 0.1, 3)
+    return torch.allclose(got, F.layer_norm(2 * values, (50,), values[0], values[1], 1e-5), atol=1e-5)

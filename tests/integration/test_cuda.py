@@ -238,6 +238,7 @@ def test_int8_weights_alone(rows: int, shape: tuple[int, int], dtype: torch.dtyp
     x = torch.randn(rows, shape[1]).to("cuda", dtype)
     expected = layer(x)
     layer.prepare_for_cuda()
+    assert layer._reads_integers, "Triton's product is there, and right"
     got = layer(x)
     assert got.dtype == dtype
     assert (got.float() - expected.float()).norm() <= (

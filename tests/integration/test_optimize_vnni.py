@@ -70,6 +70,7 @@ def test_attention_by_integers(scheme: str, compile: bool) -> None:
     assert sqnr(expected, flat(model, batch)) > CLOSE
     graph = model.forward._forward.graphs[0]
     assert graph.attentions == 2
+    assert graph.norms == 5  # of the embeddings, and two a layer
     assert graph.rounded == (2 if scheme == "static" else 0)
 
 

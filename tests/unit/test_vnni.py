@@ -251,6 +251,39 @@ def test_activation_functions_are_those_of_torch() -> None:
         assert ((got - function(values.double())).abs() <= 1e-6 * values.abs() + 1e-6).all(), post
 
 
+# --- norms -----------------------------------------------------------------------------------------------------------
+
+
+@needs_vnni
+@given(st.integers(1, 40), st.integers(1, 200), st.booleans(), st.booleans(), st.booleans(), st.integers(0, 99))
+@settings(max_examples=100, deadline=None)
+def test_norms(rows: int, width: int, two: bool, scaled: bool, rounded: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    first, second = 3 * torch.randn(rows, width) + 5, torch.randn(rows, width) if two else None
+    weight, bias = (torch.randn(width), torch.randn(width)) if scaled else (None, None)
+    step = (0.05, 100) if rounded else (None, 0)
+    got, integers = vnni.norm(first, second, weight, bias, 1e-5, *step)
+    total = (first if second is None else first + second).double()
+    beside = [None if each is None else each.double() for each in (weight, bias)]
+    expected = F.layer_norm(total, (width,), *beside, 1e-5)
+    # The mean of numbers far from 0 is rounded to float32, and the quotient by a small deviation with it.
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4 if width > 1 else 1e-2)
+    if rounded:
+        assert integers.dtype == torch.uint8
+        assert ((got / 0.05 + 100).round().clamp(0, 255) - integers.float()).abs().max() <= 1
+    else:
+        assert integers.numel() == 0
+
+
+@needs_vnni
+def test_a_norm_of_what_is_not_finite() -> None:
+    x = torch.randn(3, 20)
+    x[1, 4] = math.nan
+    got, _ = vnni.norm(x, None, None, None, 1e-5, None, 0)
+    assert got[1].isnan().all()
+    assert got[::2].isfinite().all()
+
+
 # --- where they are there --------------------------------------------------------------------------------------------
 
 

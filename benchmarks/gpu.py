@@ -1,12 +1,13 @@
-"""One GPU: BERT-base's forward and a decoder's tokens a second, int8 and int4 against bfloat16 and float16.
+"""One GPU: products, BERT-base's forward and a decoder's tokens a second, int8 and int4 against bfloat16 and float16.
 
-    python benchmarks/cuda.py
-    python benchmarks/cuda.py --parts encoder --variants bf16-compiled,int8_dynamic --quick
+    python benchmarks/gpu.py
+    python benchmarks/gpu.py --parts encoder --variants bf16-compiled,int8_dynamic --quick
 
 Random weights. All variants are in one process and take turns; each time is that of a call until the GPU is done. The
 encoder gets batches of 1 to 128 sentences of 128 tokens. The decoder has the shape of SmolLM2-1.7B and generates 64
 tokens after a prompt of 32, greedily, with a static cache; float variants are compiled the way transformers does it.
-Results go to benchmarks/results/cuda.json.
+Products are timed on the GPU alone: as a CUDA graph of calls with weights of their own, so that none is in a cache.
+Results go to benchmarks/results/gpu.json.
 """
 
 from __future__ import annotations
@@ -21,13 +22,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from common import interleave, machine, show, summarize, write
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import hf_quant
+from hf_quant.qparams import dequantize_weight
+from hf_quant.runtime import cuda
 
 LENGTH, PROMPT, NEW = 128, 32, 64
+PRODUCTS = ((768, 768), (3072, 768), (768, 3072), (2048, 2048), (8192, 2048), (2048, 8192))  # BERT-base, SmolLM2-1.7B
+TOKENS = (1, 8, 16, 64, 512, 4096)
 BATCHES = {"encoder": (1, 8, 32, 128), "decoder": (1, 8)}
 ENCODERS = (
     "bf16",
@@ -144,6 +150,65 @@ def measure(
     return cases
 
 
+def products() -> dict[str, dict[str, float]]:
+    """Microseconds of one product, by shape (outputs x inputs) and tokens."""
+    found = {}
+    dequantized = torch.compile(lambda x, weight, scale: F.linear(x, weight * scale), dynamic=False)
+    unpacked = torch.compile(
+        lambda x, t, scale: F.linear(x, dequantize_weight(cuda.from_tiles(t), scale)), dynamic=False
+    )
+    for outputs, inputs in PRODUCTS:
+        torch._dynamo.reset()  # it makes few variants of one function
+        count = max(6, int(3e8 / (outputs * inputs * 2)))
+        floats = [torch.randn(outputs, inputs, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
+        int8 = [torch.randint(-127, 128, (outputs, inputs), device="cuda", dtype=torch.int8) for _ in range(count)]
+        scale = torch.rand(outputs, 1, device="cuda", dtype=torch.bfloat16)
+        scales = torch.rand(outputs, inputs // 32, device="cuda", dtype=torch.bfloat16)
+        int4 = [cuda.to_tiles(weight >> 4, scales) for weight in int8]
+        for tokens in TOKENS:
+            x = torch.randn(tokens, inputs, device="cuda", dtype=torch.bfloat16)
+            calls: dict[str, list[Callable[[], Any]]] = {
+                "bf16": [functools.partial(F.linear, x, weight) for weight in floats],
+                "int8_dequantized": [functools.partial(dequantized, x, weight, scale) for weight in int8],
+                "int4_dequantized": [functools.partial(unpacked, x, tiles, scales) for tiles, _ in int4],
+            }
+            if tokens <= cuda.FEW_ROWS:
+                calls["int8_few"] = [functools.partial(cuda.int8_linear, x, weight, scale, None) for weight in int8]
+                calls["int4_few"] = [functools.partial(cuda.int4_linear, x, *form, None) for form in int4]
+            else:
+                integers = torch.randint(-128, 128, x.shape, device="cuda", dtype=torch.int8)
+                calls["int_mm"] = [functools.partial(torch._int_mm, integers, weight.t()) for weight in int8]
+            row = found[f"{outputs}x{inputs} {tokens}"] = {
+                name: round(recorded(each), 1) for name, each in calls.items()
+            }
+            print(f"{outputs}x{inputs}, {tokens} tokens: {row}", flush=True)
+    return found
+
+
+def recorded(calls: list[Callable[[], Any]], replays: int = 15) -> float:
+    """Microseconds of a call, as the median of replays of a CUDA graph of all of them."""
+    stream = torch.cuda.Stream()
+    with (
+        torch.inference_mode(),
+        torch.cuda.stream(stream),
+    ):  # what is compiled or loaded at first is not to be recorded
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    graph, times = torch.cuda.CUDAGraph(), []
+    with torch.inference_mode(), torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    for _ in range(replays):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(calls))
+    return statistics.median(times)
+
+
 def run_encoder(model: Any) -> Callable[[int], Tensor]:
     inputs = {batch: ids(batch, LENGTH, 30000) for batch in BATCHES["encoder"]}
 
@@ -189,7 +254,7 @@ def _installed(name: str) -> bool:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="encoder,decoder", help="%(default)s")
+    parser.add_argument("--parts", default="products,encoder,decoder", help="%(default)s")
     parser.add_argument("--variants", help="names of variants; all by default")
     parser.add_argument("--rounds", type=int, default=30, help="of the encoder; a third of it of the decoder")
     parser.add_argument("--encoder-layers", type=int, default=12, help="BERT-base has %(default)s")
@@ -208,7 +273,11 @@ def main() -> None:
     results: dict[str, Any] = {"length": LENGTH, "prompt": PROMPT, "new": NEW}
     results |= {"encoder_layers": options.encoder_layers, "decoder_layers": options.decoder_layers}
     notes: dict[str, Any] = {"weights_mib": {}, "ready_after_s": {}, "failed": {}}
-    for part in options.parts.split(","):
+    torch.ones(64, 64, device="cuda", dtype=torch.bfloat16).mm(torch.ones(64, 64, device="cuda", dtype=torch.bfloat16))
+    for part in options.parts.split(","):  # with cuBLAS's workspace there, which is nobody's weight
+        if part == "products":
+            results[part] = products()
+            continue
         variants = {}
         for name in ENCODERS if part == "encoder" else DECODERS:
             if wanted is not None and name not in wanted:
@@ -230,7 +299,7 @@ def main() -> None:
         results[part] = measure(part, variants, rounds, notes)
         del variants, run  # their memory too
         if not options.quick:
-            write("cuda", {"machine": {**machine(), **gpu()}, **results, **notes})
+            write("gpu", {"machine": {**machine(), **gpu()}, **results, **notes})
     print(notes["weights_mib"])
 
 

@@ -1,0 +1,115 @@
+"""How many predictions `hf_quant.optimize` changes, on all of MRPC's and SST-2's dev sets.
+
+    python scripts/fetch_quickstart.py && python benchmarks/real_models.py mrpc sst2
+    python benchmarks/agreement.py
+
+MiniLM fine-tuned on each task, quantized, against itself after `optimize`, in batches of 32 padded sentences; how far
+the int8 model is from the float one stands beside it. Results go to benchmarks/results/agreement.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from typing import Any
+
+import torch
+from common import write
+from post_training import calibration
+from real_models import GLUE, float_model
+from torch import Tensor
+
+from hf_quant import optimize, quantize_dynamic, quantize_static
+from hf_quant.evaluation.tasks import get_task, load_task_data
+
+TASKS = ("mrpc", "sst2")
+BATCH = 32
+VARIANTS: dict[str, dict[str, Any]] = {
+    "auto": {},
+    "float32": {"dtype": "float32"},
+    "auto, eager": {"compile": False},
+    "float32, eager": {"dtype": "float32", "compile": False},
+}
+
+
+def batches(task: str) -> list[dict[str, Tensor]]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(float_model(task))
+    rows = load_task_data(task, "validation", GLUE if GLUE.is_dir() else None)
+    columns = [list(rows[name]) for name in get_task(task).text_columns]
+    return [
+        dict(
+            tokenizer(
+                *(column[start : start + BATCH] for column in columns),
+                padding=True,
+                truncation=True,
+                max_length=128,
+                return_tensors="pt",
+            )
+        )
+        for start in range(0, len(rows), BATCH)
+    ]
+
+
+@torch.inference_mode()
+def logits(model: Any, given: list[dict[str, Tensor]]) -> Tensor:
+    return torch.cat([model(**batch).logits for batch in given])
+
+
+def decibels(got: Tensor, expected: Tensor) -> float:
+    return float(10 * torch.log10(expected.square().sum() / (got - expected).square().sum()))
+
+
+def measure(task: str, scheme: str) -> dict[str, Any]:
+    from transformers import AutoModelForSequenceClassification
+
+    given = batches(task)
+    floats = AutoModelForSequenceClassification.from_pretrained(float_model(task)).eval()
+    expected = logits(floats, given)
+    if scheme == "int8_static":
+        model = quantize_static(str(float_model(task)), calibration(task), progress=False)
+    else:
+        model = quantize_dynamic(str(float_model(task)), progress=False)
+    model = getattr(model, "model", model).eval()
+    before = logits(model, given)
+    rows: dict[str, Any] = {
+        "predictions": len(before),
+        "changed_by_int8": int((before.argmax(-1) != expected.argmax(-1)).sum()),
+        "db_of_int8": decibels(before, expected),
+    }
+    # A prediction that hangs on less than int8's own error is a coin that any rounding may turn.
+    for name, options in VARIANTS.items():
+        after = logits(optimize(copy.deepcopy(model), **options), given)
+        turned = before.argmax(-1) != after.argmax(-1)
+        margin = (before[:, 0] - before[:, 1]).abs()[turned]
+        rows[name] = {
+            "changed": int(turned.sum()),
+            "largest_margin": float(margin.max()) if len(margin) else 0.0,
+            "changed_from_float": int((after.argmax(-1) != expected.argmax(-1)).sum()),
+            "db_to_int8": decibels(after, before),
+            "db_to_float": decibels(after, expected),
+        }
+        torch._dynamo.reset()
+        shown = "  ".join(f"{key} {value:.4g}" for key, value in rows[name].items())
+        print(f"{task} {scheme} {name}: {shown}", flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    torch.set_num_threads(parser.parse_args().threads)
+    rows = {task: {scheme: measure(task, scheme) for scheme in ("int8_dynamic", "int8_static")} for task in TASKS}
+    totals: dict[str, Any] = {}
+    for scheme in ("int8_dynamic", "int8_static"):
+        count = sum(rows[task][scheme]["predictions"] for task in TASKS)
+        for name in VARIANTS:
+            changed = sum(rows[task][scheme][name]["changed"] for task in TASKS)
+            totals[f"{scheme}, {name}"] = {"changed": changed, "same": 1 - changed / count}
+            print(f"{scheme}, {name}: {changed} of {count} changed, {100 - 100 * changed / count:.2f} % the same")
+    write("agreement", {"tasks": rows, "all": totals})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+// Layer normalization of a sum of two inputs, rounded for the static layer after it.
+
+namespace {
+
+struct Norm {
+    const float *first, *second;  // the second may be missing
+    const float *weight, *bias;   // either may be missing
+    float *out;
+    uint8_t *rounded;  // may be missing
+    int64_t width;
+    float epsilon, scale, zero;  // the scale is one over the step of what is rounded
+};
+
+void normalize_row(const Norm &norm, int64_t row) {
+    const int64_t start = row * norm.width;
+    float *out = norm.out + start;
+    __m512 total = _mm512_setzero_ps();
+    for (int64_t at = 0; at < norm.width; at += LANES) {
+        const __mmask16 there = lanes(norm.width - at);
+        __m512 value = _mm512_maskz_loadu_ps(there, norm.first + start + at);
+        if (norm.second != nullptr) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(there, norm.second + start + at));
+        total = _mm512_add_ps(total, value);
+        _mm512_mask_storeu_ps(out + at, there, value);
+    }
+    const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(total) / (float)norm.width);
+    __m512 squares = _mm512_setzero_ps();
+    for (int64_t at = 0; at < norm.width; at += LANES) {
+        const __mmask16 there = lanes(norm.width - at);
+        const __m512 value = _mm512_maskz_sub_ps(there, _mm512_maskz_loadu_ps(there, out + at), mean);
+        squares = _mm512_fmadd_ps(value, value, squares);
+    }
+    const float variance = _mm512_reduce_add_ps(squares) / (float)norm.width;
+    const __m512 inverse = _mm512_set1_ps(1.0f / std::sqrt(variance + norm.epsilon));
+    for (int64_t at = 0; at < norm.width; at += LANES) {
+        const __mmask16 there = lanes(norm.width - at);
+        __m512 value = _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(there, out + at), mean), inverse);
+        if (norm.weight != nullptr) value = _mm512_mul_ps(value, _mm512_maskz_loadu_ps(there, norm.weight + at));
+        if (norm.bias != nullptr) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(there, norm.bias + at));
+        _mm512_mask_storeu_ps(out + at, there, value);
+        if (norm.rounded == nullptr) continue;
+        value = _mm512_fmadd_ps(value, _mm512_set1_ps(norm.scale), _mm512_set1_ps(norm.zero));
+        value = _mm512_min_ps(_mm512_max_ps(value, _mm512_setzero_ps()), _mm512_set1_ps(255.0f));
+        _mm_mask_storeu_epi8(norm.rounded + start + at, there, _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(value)));
+    }
+}
+
+}  // namespace
+
+// numbers: two inputs, weight, bias, output, rounded output, width, rows, threads; floats: epsilon, one over the output
+// scale, the output's zero point.
+extern "C" void hf_quant_norm(const int64_t *numbers, const float *floats) {
+    const Norm norm{(const float *)numbers[0], (const float *)numbers[1], (const float *)numbers[2],
+                    (const float *)numbers[3], (float *)numbers[4],       (uint8_t *)numbers[5],
+                    numbers[6],                floats[0],                 floats[1],
+                    floats[2]};
+    const int64_t rows = numbers[7], few = rows * norm.width < FEW / 16;
+#pragma omp parallel for schedule(static) num_threads(few ? 1 : (int)numbers[8])
+    for (int64_t row = 0; row < rows; row++) normalize_row(norm, row);
+}
