@@ -61,8 +61,14 @@ def _whole_attention(
     given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     query, mask, causal = given["query"], given.get("attn_mask"), given.get("is_causal", False)
     values = [given[name].meta.get("example_value") for name in names[:3]]
-    if given.get("dropout_p", 0.0) != 0.0 or not isinstance(causal, bool) or None in values:
+    if given.get("dropout_p", 0.0) != 0.0 or not isinstance(causal, bool) or any(value is None for value in values):
         return False
+    if (
+        mask is not None
+        and isinstance(mask.meta["example_value"].shape[-1], int)
+        and mask.meta["example_value"].shape[-1] == 1
+    ):
+        return False  # the same for all keys
     attention = next((function for fits, function in attentions if fits(*values)), None)
     if attention is None:
         return False

@@ -128,7 +128,7 @@ def _products(in_features: int, rows: int) -> Calls:
     integers = torch.full((rows, in_features), 3, dtype=torch.int8)
     beside = products.Rows(integers, torch.full((rows,), 1e-3), torch.zeros(rows))
     weights = {
-        kernel: [products.prepare(kernel, integers.clone()) for _ in range(copies(in_features, rows))]
+        kernel: [products.prepare(kernel, integers.clone(), beside) for _ in range(copies(in_features, rows))]
         for kernel in products.exact_kernels()
     }
 

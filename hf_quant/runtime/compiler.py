@@ -148,8 +148,9 @@ class CompiledForward:
         from torch._inductor import config
         from torch._inductor.compile_fx import compile_fx
 
-        # The number of threads is that of the call, not of the compilation.
-        with config.patch({"cpp.dynamic_threads": True}):
+        # The number of threads is that of the call, not of the compilation; and what graphs check of their own buffers
+        # takes as long as a layer does for one token.
+        with config.patch({"cpp.dynamic_threads": True, "size_asserts": False}):
             return cast(Callable[..., Any], compile_fx(module, inputs))
 
     def _on_cuda(self, recorded: bool, module: fx.GraphModule, inputs: list[Any], **_: Any) -> Callable[..., Any]:

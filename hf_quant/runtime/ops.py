@@ -81,9 +81,14 @@ class Layer:
         """Holds the weight no more: it is in the rows of another layer's from `start` on."""
         self._place, self._weight = (whole, start), None
 
-    def is_whole(self) -> bool:
-        """Whether [`by_token`] runs the layer as a whole: quantizing a dynamic input, product, scales, bias."""
-        return self.scheme.activations == "dynamic" and vnni.available()
+    def whole(self) -> vnni.Weight | None:
+        """What kernels that do all of the layer's work want, beyond the product, for a graph to call them directly.
+
+        `None` where there are none, where others are faster, and for weights alone.
+        """
+        if not isinstance(self.weight, PreparedLinear):
+            return None
+        return self.weight.whole() if self.scheme.activations == "static" else self.weight.whole_by_token(self.bias)
 
     def operands(self) -> Operands:
         """What [`linear`] takes beside its input: the number, the bias, and the sums that a zero point is times."""
@@ -165,8 +170,9 @@ def _linear(input: Tensor, layer: int, bias: Tensor | None, row_sums: Tensor | N
     if here.scheme.activations == "static":
         quantized = quantize_static(input, here.scale, here.zero_point)
         return _product(quantized, layer, here.scale, here.zero_point, _out_dtype(input)).to(input.dtype)
-    if here.is_whole():
-        return _by_token(input, layer)
+    whole = here.whole()
+    if whole is not None:
+        return whole.product_by_token(input.float(), here.scheme.symmetric, _out_dtype(input)).to(input.dtype)
     quantized, scale, zeros = quantize_by_token(input, here.scheme.symmetric)
     output = _product(quantized, layer, 1.0, SHIFT, torch.float32)
     return rescale_by_token(output, scale, zeros, row_sums, bias, input.dtype)
@@ -185,18 +191,6 @@ def _product(
     weight = _LAYERS[layer].weight
     assert isinstance(weight, PreparedLinear)
     return weight.product(quantized, scale, zero_point, dtype, post, out_scale, out_zero_point)
-
-
-def _by_token(input: Tensor, layer: int, post: str = "none") -> Tensor:
-    here = _LAYERS[layer]
-    weight = here.weight
-    assert isinstance(weight, PreparedLinear)
-    if input.numel() == 0:  # which has no range
-        return _fake_linear(input, layer)
-    # As [`token_dims`] says, tokens after the second dimension share a range, and in two dimensions all do.
-    group = (input if input.ndim < 3 else input[0, 0]).numel() // here.in_features
-    output = weight.product_by_token(input, here.bias, group, here.scheme.symmetric, _out_dtype(input), post)
-    return output if output.dtype == input.dtype else output.to(input.dtype)
 
 
 def _weight_only(input: Tensor, layer: int) -> Tensor:
@@ -247,7 +241,6 @@ for _signature, _run, _fake in (
         _product,
         _fake_product,
     ),
-    ("by_token(Tensor input, int layer, str post) -> Tensor", _by_token, _fake_linear),
     ("weight(Tensor scale, int layer) -> Tensor", _weight, _fake_weight),
     ("additive_mask(Tensor mask) -> Tensor", _additive_mask, _fake_additive_mask),
 ):
@@ -258,6 +251,5 @@ for _signature, _run, _fake in (
 
 linear = torch.ops.hf_quant.linear.default
 product = torch.ops.hf_quant.product.default
-by_token = torch.ops.hf_quant.by_token.default
 weight = torch.ops.hf_quant.weight.default
 additive_mask = torch.ops.hf_quant.additive_mask.default

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ class PreparedLinear:
         self._rows = products.Rows(integers, weight_scale, bias)
         self.row_sums = self._rows.sums.float() * self._rows.scale
         self._plain: Tensor | None = integers
-        self._forms: dict[str, Tensor] = {}
+        self._forms: dict[str, Any] = {}  # as [`products.prepare`] makes them
         self._choose = kernels
         self._names: dict[int, str] = {}
         self._by_token: vnni.Weight | None = None
@@ -61,8 +62,9 @@ class PreparedLinear:
             return self._plain
         if "int_mm" in self._forms:
             return self._forms["int_mm"]
-        if "vnni" in self._forms:
-            return vnni.unpack(self._forms["vnni"], self.out_features, self.in_features)
+        held = self._forms.get("vnni")
+        if isinstance(held, vnni.Weight):
+            return held.integers()
         if "onednn" in self._forms:
             return int8.onednn_unpack(self._forms["onednn"])
         return self._forms["float32"].to(torch.int8)
@@ -122,29 +124,23 @@ class PreparedLinear:
             out_zero_point,
         )
 
-    def product_by_token(
-        self, input: Tensor, bias: Tensor | None, group: int, symmetric: bool, dtype: torch.dtype, post: str
-    ) -> Tensor:
-        """`post(x (w s_w)^T + b)` of a float input that is quantized on the way, by the kernel for VNNI.
+    def whole(self) -> vnni.Weight | None:
+        """The weight for the kernels that do all that a static layer does, where they are chosen for any input."""
+        if not vnni.available():
+            return None
+        if any(self._kernel(tokens) != "vnni" for tokens in choice.BUCKETS):
+            return None
+        form = self._form("vnni")
+        assert isinstance(form, vnni.Weight)
+        return form
 
-        Args:
-            input (`torch.Tensor`): float (..., in_features), at least one token.
-            bias (`torch.Tensor`, *optional*): float (out_features,), in place of this weight's own.
-            group (`int`): how many successive tokens share a range.
-            symmetric (`bool`): whether zero points are 0.
-            dtype (`torch.dtype`): float32 or bfloat16; of the result.
-            post (`str`): as for [`product`].
-
-        Returns:
-            `torch.Tensor`: (..., out_features) in `dtype`.
-        """
-        if self._by_token is None:
-            rows = self._rows
-            padded = None if bias is None else vnni.pad(bias.detach().float())
-            self._by_token = vnni.Weight(
-                self._form("vnni"), rows.padded_scale, rows.padded_sums, padded, self.in_features, self.out_features
-            )
-        return self._by_token.product_by_token(input, group, symmetric, dtype, post)
+    def whole_by_token(self, bias: Tensor | None) -> vnni.Weight | None:
+        """The same for a dynamic layer, with its bias, in which no other kernel takes part; where there are such."""
+        if self._by_token is None and vnni.available():
+            form = self._form("vnni")
+            assert isinstance(form, vnni.Weight)
+            self._by_token = form.with_bias(bias)
+        return self._by_token
 
     def _kernel(self, tokens: int) -> str:
         bucket = choice.bucket(tokens)
@@ -159,11 +155,11 @@ class PreparedLinear:
             self._names[bucket] = name
         return name
 
-    def _form(self, kernel: str) -> Tensor:
+    def _form(self, kernel: str) -> Tensor | vnni.Weight:
         form = self._forms.get(kernel)
         if form is None:
             integers = self.integers
-            form = products.prepare(kernel, integers)
+            form = products.prepare(kernel, integers, self._rows)
             if form is integers and not form.untyped_storage().resizable():
                 form = form.clone()  # else a whole file stays in memory for this one weight
             self._forms[kernel] = form

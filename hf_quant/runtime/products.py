@@ -30,15 +30,6 @@ def exact_kernels() -> tuple[str, ...]:
     return tuple(name for name in KERNELS if exact[name])
 
 
-def prepare(kernel: str, integers: Tensor) -> Tensor:
-    """An int8 weight (out, in) as a kernel wants it; the tensor itself for `"int_mm"`."""
-    if kernel == "vnni":
-        return vnni.pack(integers)
-    if kernel == "onednn":
-        return kernels.onednn_prepack(integers)
-    return integers if kernel == "int_mm" else integers.float()
-
-
 class Rows:
     """What products need of a weight's rows beside its integers.
 
@@ -49,21 +40,19 @@ class Rows:
     """
 
     def __init__(self, integers: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
-        rows, self._columns = integers.shape
-        self.padded_scale = vnni.pad(weight_scale.detach().float().flatten())
-        self.padded_bias = None if bias is None else vnni.pad(bias.detach().float())
-        self.padded_sums = vnni.pad(integers.sum(-1, dtype=torch.int32))
-        self.scale, self.sums = self.padded_scale[:rows], self.padded_sums[:rows]
-        self.bias = None if self.padded_bias is None else self.padded_bias[:rows]
-        self.zeros = torch.zeros(rows, dtype=torch.int64)
-        self._weight: vnni.Weight | None = None
+        self.scale = weight_scale.detach().float().flatten().contiguous()
+        self.bias = None if bias is None else bias.detach().float().contiguous()
+        self.sums = integers.sum(-1, dtype=torch.int32)
+        self.zeros = torch.zeros(integers.shape[0], dtype=torch.int64)
 
-    def weight(self, packed: Tensor) -> vnni.Weight:
-        """What the kernels for VNNI want, with the weight from [`prepare`]."""
-        if self._weight is None or self._weight.packed is not packed:
-            scale, sums, bias = self.padded_scale, self.padded_sums, self.padded_bias
-            self._weight = vnni.Weight(packed, scale, sums, bias, self._columns, self.scale.numel())
-        return self._weight
+
+def prepare(kernel: str, integers: Tensor, rows: Rows) -> Tensor | vnni.Weight:
+    """An int8 weight (out, in) as a kernel wants it; the tensor itself for `"int_mm"`."""
+    if kernel == "vnni":
+        return vnni.Weight(vnni.pack(integers), rows.scale, rows.sums, rows.bias, integers.shape[1])
+    if kernel == "onednn":
+        return kernels.onednn_prepack(integers)
+    return integers if kernel == "int_mm" else integers.float()
 
 
 def product(
@@ -71,7 +60,7 @@ def product(
     quantized: Tensor,
     scale: float,
     zero_point: int,
-    weight: Tensor,
+    weight: Tensor | vnni.Weight,
     rows: Rows,
     dtype: torch.dtype,
     post: str = "none",
@@ -85,15 +74,15 @@ def product(
         quantized (`torch.Tensor`): uint8 (..., in), at least one token.
         scale (`float`): the activations' scale.
         zero_point (`int`): the activations' zero point, 0 to 255.
-        weight (`torch.Tensor`): from [`prepare`], for this kernel.
+        weight (`torch.Tensor` or [`vnni.Weight`]): from [`prepare`], for this kernel.
         rows ([`Rows`]): of the same weight.
         dtype (`torch.dtype`): one of `DTYPES`.
         post (`str`, *optional*, defaults to `"none"`): one of `POSTS`.
         out_scale (`float`, *optional*, defaults to 1): of a uint8 result.
         out_zero_point (`int`, *optional*, defaults to 0): of a uint8 result, 0 to 255.
     """
-    if kernel == "vnni":
-        return rows.weight(weight).product(quantized, scale, zero_point, dtype, post, out_scale, out_zero_point)
+    if isinstance(weight, vnni.Weight):
+        return weight.product(quantized, scale, zero_point, dtype, post, out_scale, out_zero_point)
     flat = quantized.reshape(-1, quantized.shape[-1])
     output = _flat_product(kernel, flat, scale, zero_point, weight, rows, dtype, post, out_scale, out_zero_point)
     return output.view(*quantized.shape[:-1], -1)

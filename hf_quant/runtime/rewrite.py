@@ -74,6 +74,7 @@ def rewrite(
     found.rounded = round_attention(graph)
     if vnni.available():
         found.norms = fuse_norms(graph)
+        _call_directly(graph)
     # No other node: a method that changes its tensor, such as a static cache's, has no users either.
     graph.eliminate_dead_code(lambda node: node.target is not operator.getitem)
     graph.lint()
@@ -161,8 +162,13 @@ def _expand(graph: fx.Graph, node: fx.Node) -> None:
         return
     dtype = torch.float32 if value is None else value.dtype
     with graph.inserting_before(node):
-        if here.is_whole():
-            new = graph.call_function(ops.by_token, (input, number, "none"))
+        whole = here.whole() if here.scheme.activations == "dynamic" else None
+        if whole is not None:
+            wide = graph.call_method("float", (input,)) if dtype != torch.float32 else input
+            kind = vnni.KINDS[dtype if dtype == torch.bfloat16 else torch.float32]
+            new = graph.call_function(vnni.product_by_token, (wide, whole.number, here.scheme.symmetric, kind, 0))
+            if dtype not in (torch.float32, torch.bfloat16):
+                new = graph.call_function(torch.Tensor.to, (new, dtype))
         elif here.scheme.activations == "static":
             quantized = graph.call_function(ops.quantize_static, (input, here.scale, here.zero_point))
             wide = dtype if dtype == torch.bfloat16 else torch.float32
@@ -195,7 +201,7 @@ def _product(
 def _fuse(graph: fx.Graph, found: Rewritten) -> None:
     """An activation function as the end of a layer; between two static ones with the second one's rounding."""
     for node in list(graph.nodes):
-        if _post(node) is not None and args_of(node)[0].target is ops.by_token:
+        if _post(node) is not None and args_of(node)[0].target is vnni.product_by_token:
             found.fused += _end_by_token(graph, node)
             continue
         if node.op != "call_function" or node.target is not ops.quantize_static:
@@ -230,13 +236,29 @@ def _post(node: fx.Node) -> str | None:
 
 
 def _end_by_token(graph: fx.Graph, node: fx.Node) -> bool:
-    layer = args_of(node)[0]
-    if len(layer.users) > 1 or layer.args[2] != "none":
+    layer, post = args_of(node)[0], _post(node)
+    if len(layer.users) > 1 or layer.args[-1] != vnni.POSTS["none"] or post is None:
         return False
-    layer.args = (*layer.args[:2], _post(node))
+    layer.args = (*layer.args[:-1], vnni.POSTS[post])
     node.replace_all_uses_with(layer)
     graph.erase_node(node)
     return True
+
+
+def _call_directly(graph: fx.Graph) -> None:
+    """Products by the kernel that is the fastest for any input, without asking each time which that is."""
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target is not ops.product:
+            continue
+        quantized, number, scale, zero_point, dtype, post, out_scale, out_zero_point = node.args
+        whole = ops.layer(number).whole()
+        if whole is None:
+            continue
+        end = (vnni.KINDS[dtype], vnni.POSTS[post], out_scale, out_zero_point)
+        with graph.inserting_before(node):
+            new = graph.call_function(vnni.product, (quantized, whole.number, scale, zero_point, *end))
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
 
 
 def merged_layer(layers: list[Layer]) -> Layer:

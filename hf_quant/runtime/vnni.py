@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import logging
+import weakref
 from pathlib import Path
 
 import torch
@@ -18,14 +20,16 @@ from . import cpu
 
 logger = logging.getLogger(__name__)
 
-PANEL = 64  # outputs
-_FOURS = 4  # inputs
-_SOURCES = ("common.h", "attention.cpp", "linear.cpp", "norm.cpp")
-_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
-# Arrays of arguments.
-_Three, _Seven, _Eight = ctypes.c_float * 3, ctypes.c_int64 * 7, ctypes.c_int64 * 8
-_Nine, _Thirty = ctypes.c_int64 * 9, ctypes.c_int64 * 30
-_POSTS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3}
+_PANEL, _FOURS, _LANES = 64, 4, 16  # outputs, inputs, and values of 32 bits in a register
+_WIDEST = 512  # of an attention's head: from there on, what is left of 31 bits rounds more than bfloat16
+_SOURCES = ("common.h", "attention.cpp", "linear.cpp", "norm.cpp", "ops.cpp")
+# Numbers of what operations give, and of what they end in.
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
+_DTYPES = {kind: dtype for dtype, kind in KINDS.items()}
+POSTS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3}
+
+_numbers = itertools.count()
+_WEIGHTS: weakref.WeakValueDictionary[int, Weight] = weakref.WeakValueDictionary()
 
 
 @functools.cache
@@ -55,26 +59,17 @@ def _library() -> ctypes.CDLL:
 
     folder = Path(__file__).with_name("cpp")
     library = CppCodeCache.load("\n".join((folder / name).read_text(encoding="utf-8") for name in _SOURCES))
-    pointer = ctypes.c_void_p
-    for name, arguments, result in (
-        ("hf_quant_attention", 2, ctypes.c_int),
-        ("hf_quant_product", 3, None),
-        ("hf_quant_product_by_token", 2, ctypes.c_int),
-        ("hf_quant_norm", 2, None),
-    ):
-        function = getattr(library, name)
-        function.argtypes, function.restype = [pointer] * arguments, result
+    library.hf_quant_register.argtypes = [ctypes.c_int64, ctypes.c_void_p]
+    library.hf_quant_forget.argtypes = [ctypes.c_int64]
+    library.hf_quant_register.restype = library.hf_quant_forget.restype = None
     return library
-
-
-# --- Linear layers ---------------------------------------------------------------------------------------------------
 
 
 def pack(integers: Tensor) -> Tensor:
     """An int8 weight (out, in) as the kernels want it: (out / 64, in / 4, 64, 4), rounded up and filled with 0."""
     rows, columns = integers.shape
-    padded = F.pad(integers, (0, -columns % _FOURS, 0, -rows % PANEL))
-    return padded.view(-1, PANEL, padded.shape[1] // _FOURS, _FOURS).transpose(1, 2).contiguous()
+    padded = F.pad(integers, (0, -columns % _FOURS, 0, -rows % _PANEL))
+    return padded.view(-1, _PANEL, padded.shape[1] // _FOURS, _FOURS).transpose(1, 2).contiguous()
 
 
 def unpack(packed: Tensor, rows: int, columns: int) -> Tensor:
@@ -82,36 +77,39 @@ def unpack(packed: Tensor, rows: int, columns: int) -> Tensor:
     return packed.transpose(1, 2).reshape(-1, packed.shape[1] * _FOURS)[:rows, :columns].contiguous()
 
 
-def pad(values: Tensor) -> Tensor:
-    """Values of a weight's rows (out,), as many as its panels have."""
-    return F.pad(values, (0, -values.numel() % PANEL))
-
-
 class Weight:
-    """One layer, as the kernels find it.
+    """One layer, as the kernels find it: by number, for as long as this lives.
 
     Args:
         packed (`torch.Tensor`): from [`pack`].
-        scale (`torch.Tensor`): float32, from [`pad`].
-        sums (`torch.Tensor`): int32, from [`pad`]: of the rows of the weight.
-        bias (`torch.Tensor`, *optional*): float32, from [`pad`].
-        in_features (`int`): before anything was filled up.
-        out_features (`int`): likewise.
+        scale (`torch.Tensor`): float32 (out,).
+        sums (`torch.Tensor`): int32 (out,): of the rows of the weight.
+        bias (`torch.Tensor`, *optional*): float (out,).
+        in_features (`int`): columns before anything was filled up.
     """
 
-    def __init__(
-        self,
-        packed: Tensor,
-        scale: Tensor,
-        sums: Tensor,
-        bias: Tensor | None,
-        in_features: int,
-        out_features: int,
-    ) -> None:
-        self.packed, self.in_features, self.out_features = packed, in_features, out_features
-        self._kept = scale, sums, bias
+    def __init__(self, packed: Tensor, scale: Tensor, sums: Tensor, bias: Tensor | None, in_features: int) -> None:
+        self.packed, self.in_features, self.out_features = packed, in_features, scale.numel()
+        bias = None if bias is None else bias.detach().float()
+        self._kept = [
+            None if each is None else F.pad(each, (0, -each.numel() % _PANEL)) for each in (scale, sums, bias)
+        ]
         beside = [0 if each is None else each.data_ptr() for each in self._kept]
-        self._numbers = (ctypes.c_int64 * 6)(packed.data_ptr(), *beside, in_features, out_features)
+        self.number = next(_numbers)
+        _WEIGHTS[self.number] = self
+        numbers = (ctypes.c_int64 * 6)(packed.data_ptr(), *beside, in_features, self.out_features)
+        _library().hf_quant_register(self.number, numbers)
+        weakref.finalize(self, _library().hf_quant_forget, self.number)
+
+    def with_bias(self, bias: Tensor | None) -> Weight:
+        """The same weight with another bias."""
+        rows = self.out_features
+        scale, sums = (each[:rows] for each in self._kept[:2] if each is not None)
+        return Weight(self.packed, scale, sums, bias, self.in_features)
+
+    def integers(self) -> Tensor:
+        """The weight as int8 (out, in), unpacked anew."""
+        return unpack(self.packed, self.out_features, self.in_features)
 
     def product(
         self,
@@ -124,47 +122,18 @@ class Weight:
         out_zero_point: int = 0,
     ) -> Tensor:
         """`post((q - z) s_x (w s_w)^T + b)` of uint8 (..., in_features); see [`PreparedLinear.product`]."""
-        tokens, threads = quantized.numel() // self.in_features, torch.get_num_threads()
-        if self.in_features % _FOURS:
-            quantized = F.pad(quantized, (0, -self.in_features % _FOURS))
-        quantized = quantized.contiguous()
-        output = torch.empty((*quantized.shape[:-1], self.out_features), dtype=dtype)
-        numbers = _Seven(
-            quantized.data_ptr(), output.data_ptr(), tokens, _KINDS[dtype], _POSTS[post], zero_point, threads
-        )
-        _library().hf_quant_product(self._numbers, numbers, _Three(scale, 1 / out_scale, out_zero_point))
-        return output
+        return product(quantized, self.number, scale, zero_point, KINDS[dtype], POSTS[post], out_scale, out_zero_point)
 
-    def product_by_token(
-        self, input: Tensor, group: int, symmetric: bool, dtype: torch.dtype, post: str = "none"
-    ) -> Tensor:
-        """`post(x w^T + b)` with the input quantized on the way.
+    def product_by_token(self, input: Tensor, symmetric: bool, dtype: torch.dtype, post: str = "none") -> Tensor:
+        """`post(x w^T + b)` with the input quantized on the way, by the ranges of [`token_qparams`].
 
         Args:
-            input (`torch.Tensor`): float (..., in_features), at least one token.
-            group (`int`): how many successive tokens share a range.
+            input (`torch.Tensor`): float32 (..., in_features).
             symmetric (`bool`): whether zero points are 0.
             dtype (`torch.dtype`): float32 or bfloat16; of the result.
             post (`str`, *optional*, defaults to `"none"`): as for [`PreparedLinear.product`].
-
-        Raises:
-            `MemoryError`: if there is none for the integers.
         """
-        input = input.float().contiguous()
-        output = torch.empty((*input.shape[:-1], self.out_features), dtype=dtype)
-        tokens, threads = input.numel() // self.in_features, torch.get_num_threads()
-        numbers = _Eight(
-            input.data_ptr(), output.data_ptr(), tokens, _KINDS[dtype], _POSTS[post], group, symmetric, threads
-        )
-        if _library().hf_quant_product_by_token(self._numbers, numbers):
-            raise MemoryError(f"no memory for the integers of {tuple(input.shape)} activations")
-        return output
-
-
-# --- attention -------------------------------------------------------------------------------------------------------
-
-_LANES = 16  # values of 32 bits in a register
-_WIDEST = 512  # from there on, what is left of 31 bits rounds more than bfloat16
+        return product_by_token(input, self.number, symmetric, KINDS[dtype], POSTS[post])
 
 
 def attends(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -180,42 +149,15 @@ def attends(query: Tensor, key: Tensor, value: Tensor) -> bool:
     )
 
 
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    scale: float,
-    out_scale: float | None = None,
-    out_zero_point: int = 0,
-) -> Tensor:
-    batch, heads, queries, width = query.shape
-    keys, value_width = value.shape[2:]
-    query, key, value = _by_rows(query), _by_rows(key), _by_rows(value)
-    output = torch.empty(
-        (batch, queries, heads, value_width), dtype=torch.float32 if out_scale is None else torch.uint8
-    )
-    if not output.numel():
-        return output.transpose(1, 2)
-    mask_pointer, mask_strides = 0, (0, 0, 0)
-    if mask is not None:
-        mask = _by_rows(mask.expand(batch, heads, queries, keys))
-        mask_pointer, mask_strides = mask.data_ptr(), mask.stride()[:3]
-    row = heads * value_width
-    numbers = _Thirty(
-        query.data_ptr(), key.data_ptr(), value.data_ptr(), mask_pointer, output.data_ptr(),
-        batch, heads, key.shape[1], queries, keys, width, value_width, causal, out_scale is not None,
-        torch.get_num_threads(),
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *mask_strides, queries * row, value_width, row,
-    )  # fmt: skip
-    if _library().hf_quant_attention(numbers, _Three(scale, 1.0 if out_scale is None else out_scale, out_zero_point)):
-        raise MemoryError(f"no memory for the attention of {keys} keys of width {width}")
-    return output.transpose(1, 2)
+# --- operations ------------------------------------------------------------------------------------------------------
 
 
-def _by_rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+def _fake_product(quantized: Tensor, number: int, scale: float, zero: int, kind: int, *_: object) -> Tensor:
+    return quantized.new_empty(*quantized.shape[:-1], _WEIGHTS[number].out_features, dtype=_DTYPES[kind])
+
+
+def _fake_product_by_token(input: Tensor, number: int, symmetric: bool, kind: int, post: int) -> Tensor:
+    return input.new_empty(*input.shape[:-1], _WEIGHTS[number].out_features, dtype=_DTYPES[kind])
 
 
 def _fake_attention(
@@ -234,52 +176,6 @@ def _fake_attention(
     return query.new_empty(batch, queries, heads, value.shape[-1], dtype=dtype).transpose(1, 2)
 
 
-_LIBRARY = torch.library.Library("hf_quant", "FRAGMENT")
-_LIBRARY.define(
-    "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool causal, float scale, "
-    "float? out_scale=None, int out_zero_point=0) -> Tensor"
-)
-_LIBRARY.impl("attention", _attention, "CPU")
-torch.library.register_fake("hf_quant::attention", _fake_attention, lib=_LIBRARY)
-
-# softmax(s Q K^T + M) V of float32 (batch, heads, queries, width), (batch, heads or fewer, keys, width) and the same
-# with the outputs' width. The mask is float32 and broadcasts. With an `out_scale`, what comes out is uint8, as from
-# [`quantize_static`].
-attention = torch.ops.hf_quant.attention.default
-
-
-# --- norms -----------------------------------------------------------------------------------------------------------
-
-
-def _norm(
-    first: Tensor,
-    second: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    epsilon: float,
-    out_scale: float | None,
-    out_zero_point: int,
-) -> tuple[Tensor, Tensor]:
-    first = first.contiguous()
-    second = None if second is None else second.contiguous()
-    output = torch.empty_like(first)
-    rounded = torch.empty(0 if out_scale is None else first.shape, dtype=torch.uint8)
-    width = first.shape[-1]
-    numbers = _Nine(
-        first.data_ptr(),
-        0 if second is None else second.data_ptr(),
-        0 if weight is None else weight.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        output.data_ptr(),
-        0 if out_scale is None else rounded.data_ptr(),
-        width,
-        first.numel() // width,
-        torch.get_num_threads(),
-    )
-    _library().hf_quant_norm(numbers, _Three(epsilon, 1.0 if out_scale is None else 1 / out_scale, out_zero_point))
-    return output, rounded
-
-
 def _fake_norm(
     first: Tensor,
     second: Tensor | None,
@@ -293,16 +189,43 @@ def _fake_norm(
     return first.new_empty(first.shape), rounded
 
 
-_LIBRARY.define(
-    "norm(Tensor first, Tensor? second, Tensor? weight, Tensor? bias, float epsilon, float? out_scale, "
-    "int out_zero_point) -> (Tensor, Tensor)"
-)
-_LIBRARY.impl("norm", _norm, "CPU")
-torch.library.register_fake("hf_quant::norm", _fake_norm, lib=_LIBRARY)
+# What they do is in cpp/ops.cpp, which [`available`] loads.
+_LIBRARY = torch.library.Library("hf_quant", "FRAGMENT")
+for _signature, _fake in (
+    (
+        "vnni_product(Tensor quantized, int number, float scale, int zero_point, int kind, int post, "
+        "float out_scale, int out_zero_point) -> Tensor",
+        _fake_product,
+    ),
+    (
+        "vnni_product_by_token(Tensor input, int number, bool symmetric, int kind, int post) -> Tensor",
+        _fake_product_by_token,
+    ),
+    (
+        "vnni_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool causal, float scale, "
+        "float? out_scale=None, int out_zero_point=0) -> Tensor",
+        _fake_attention,
+    ),
+    (
+        "vnni_norm(Tensor first, Tensor? second, Tensor? weight, Tensor? bias, float epsilon, float? out_scale, "
+        "int out_zero_point) -> (Tensor, Tensor)",
+        _fake_norm,
+    ),
+):
+    _LIBRARY.define(_signature)
+    torch.library.register_fake(f"hf_quant::{_signature.partition('(')[0]}", _fake, lib=_LIBRARY)
+
+product = torch.ops.hf_quant.vnni_product.default
+product_by_token = torch.ops.hf_quant.vnni_product_by_token.default
+
+# softmax(s Q K^T + M) V of float32 (batch, heads, queries, width), (batch, heads or fewer, keys, width) and the same
+# with the outputs' width. The mask is float32 (..., keys) and broadcasts. With an `out_scale`, what comes out is
+# uint8, as from [`quantize_static`].
+attention = torch.ops.hf_quant.vnni_attention.default
 
 # Layer normalization over the last dimension of one float32 tensor or the sum of two alike; and, with an `out_scale`,
 # the same as uint8, as from [`quantize_static`].
-norm = torch.ops.hf_quant.norm.default
+norm = torch.ops.hf_quant.vnni_norm.default
 
 
 # --- whether they are right ------------------------------------------------------------------------------------------
@@ -312,14 +235,13 @@ def _multiplies() -> bool:
     """Whether products of the largest values are exact."""
     integers = torch.full((70, 66), -127, dtype=torch.int8)
     integers[1::2] = 127
-    sums = integers.sum(-1, dtype=torch.int32)
-    weight = Weight(pack(integers), pad(torch.ones(70)), pad(sums), None, 66, 70)
+    weight = Weight(pack(integers), torch.ones(70), integers.sum(-1, dtype=torch.int32), None, 66)
     quantized = torch.full((8, 66), 255, dtype=torch.uint8)
     quantized[1::2] = 0
     expected = (quantized.float() - 128) @ integers.float().t()
     if not torch.equal(weight.product(quantized, 1.0, 128, torch.float32), expected):
         return False
-    got = weight.product_by_token(quantized.float() - 127.5, 1, True, torch.float32)
+    got = weight.product_by_token(quantized[None].float() - 127.5, True, torch.float32)[0]
     return torch.allclose(got, (quantized.float() - 127.5) @ integers.float().t(), rtol=0.01)
 
 
@@ -328,11 +250,11 @@ def _attends() -> bool:
     mask = torch.zeros(1, 1, 1, 37)
     mask[..., 30:] = -1e30
     query, key, value = values.unbind()
-    got = _attention(query, key, value, mask, False, 0.25)
+    got = attention(query, key, value, mask, False, 0.25)
     return torch.allclose(got, F.scaled_dot_product_attention(query, key, value, mask), rtol=0, atol=1e-2)
 
 
 def _normalizes() -> bool:
     values = torch.arange(3 * 50, dtype=torch.float32).sin_().view(3, 50)
-    got, _ = _norm(values, values, values[0], values[1], 1e-5, 0.1, 3)
+    got, _ = norm(values, values, values[0], values[1], 1e-5, 0.1, 3)
     return torch.allclose(got, F.layer_norm(2 * values, (50,), values[0], values[1], 1e-5), atol=1e-5)

@@ -76,7 +76,9 @@ def test_attention(sizes: tuple[int, ...], causal: bool, threads: int) -> None:
 
 
 @needs_vnni
-@pytest.mark.parametrize("shape", [(3, 1, 1, 41), (1, 1, 41, 41), (3, 2, 41, 41), (3, 1, 41, 41)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(3, 1, 1, 41), (1, 1, 41, 41), (3, 2, 41, 41), (3, 1, 41, 41), (41, 41), (41,)], ids=str
+)
 def test_masks(shape: tuple[int, ...]) -> None:
     query, key, value = factors(3, 2, 2, 41, 41, 32, 32)
     mask = torch.randn(shape).masked_fill_(torch.rand(shape) < 0.3, -1e30)
@@ -166,8 +168,8 @@ def weight(rows: int, columns: int, bias: bool) -> tuple[vnni.Weight, Tensor, Te
     integers = torch.randint(-128, 128, (rows, columns), dtype=torch.int8)
     scale = torch.rand(rows) * 0.01
     shift = torch.randn(rows) if bias else None
-    beside = products.Rows(integers, scale, shift)
-    return beside.weight(vnni.pack(integers)), integers.double() * scale[:, None], shift
+    layer = products.prepare("vnni", integers, products.Rows(integers, scale, shift))
+    return layer, integers.double() * scale[:, None], shift
 
 
 ACTIVATIONS = {
@@ -212,21 +214,20 @@ def test_products_by_token(sizes: tuple[int, int, int], bias: bool, symmetric: b
     expected = ACTIVATIONS[post](expected if shift is None else expected + shift)
     step = scale.double() * values.abs().amax(-1)  # one value may round to the other side
     for dtype in (torch.float32, torch.bfloat16):
-        got = layer.product_by_token(x, 1, symmetric, dtype, post).double()
+        got = layer.product_by_token(x, symmetric, dtype, post).double()
         off = (got - expected).abs() - 1.2 * step
         assert (off <= 2**-8 * expected.abs() + 1e-5).all()
 
 
 @needs_vnni
-def test_tokens_that_share_a_range() -> None:
+@pytest.mark.parametrize("shape", [(30,), (6, 30), (2, 3, 30), (2, 3, 4, 30), (1, 2, 2, 3, 30)], ids=str)
+def test_tokens_that_share_a_range(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     layer, values, shift = weight(70, 30, True)
-    x = torch.randn(12, 30)
-    got = layer.product_by_token(x, 4, False, torch.float32)
-    for start in range(0, 12, 4):
-        scale, zeros = token_qparams(x[start : start + 4], False)  # two dimensions have one range
-        part = dequantize(quantize(x[start : start + 4], scale, zeros), scale, zeros).double()
-        close(got[start : start + 4], part @ values.t() + shift, torch.float32)
+    x = torch.randn(shape) * (1 + torch.arange(shape[0]).view(-1, *[1] * (len(shape) - 1)))
+    scale, zeros = token_qparams(x, False)
+    expected = dequantize(quantize(x, scale, zeros), scale, zeros).double() @ values.t() + shift
+    close(layer.product_by_token(x, False, torch.float32), expected, torch.float32)
 
 
 @needs_vnni
@@ -235,7 +236,7 @@ def test_tokens_of_zeros_and_of_what_is_not_finite() -> None:
     x = torch.zeros(4, 30)
     x[1, 3], x[2, 29] = math.nan, math.inf
     for symmetric in (False, True):
-        got = layer.product_by_token(x, 1, symmetric, torch.float32)
+        got = layer.product_by_token(x[None], symmetric, torch.float32)[0]
         torch.testing.assert_close(got[0], shift)
         torch.testing.assert_close(got[3], shift)
         assert got[1:3].isnan().all()
@@ -244,11 +245,29 @@ def test_tokens_of_zeros_and_of_what_is_not_finite() -> None:
 @needs_vnni
 def test_activation_functions_are_those_of_torch() -> None:
     values = torch.linspace(-12, 12, 4001)
-    rows = products.Rows(torch.zeros(4001, 4, dtype=torch.int8), torch.ones(4001), values)
-    layer = rows.weight(vnni.pack(torch.zeros(4001, 4, dtype=torch.int8)))
+    zeros = torch.zeros(4001, 4, dtype=torch.int8)
+    layer = products.prepare("vnni", zeros, products.Rows(zeros, torch.ones(4001), values))
     for post, function in ACTIVATIONS.items():
         got = layer.product(torch.zeros(1, 4, dtype=torch.uint8), 1.0, 0, torch.float32, post)[0]
         assert ((got - function(values.double())).abs() <= 1e-6 * values.abs() + 1e-6).all(), post
+
+
+@needs_vnni
+def test_a_layer_that_is_gone() -> None:
+    layer, _, _ = weight(8, 8, False)
+    number, quantized = layer.number, torch.zeros(2, 8, dtype=torch.uint8)
+    assert vnni.product(quantized, number, 1.0, 0, 0, 0, 1.0, 0).shape == (2, 8)
+    del layer
+    for wrong in (number, -1, 10**6):
+        with pytest.raises(RuntimeError, match="the layer of this graph is gone, with the model that was optimized"):
+            vnni.product(quantized, wrong, 1.0, 0, 0, 0, 1.0, 0)
+
+
+@needs_vnni
+def test_nothing_to_multiply() -> None:
+    layer, _, _ = weight(8, 8, False)
+    assert layer.product(torch.zeros(0, 8, dtype=torch.uint8), 1.0, 0, torch.float32).shape == (0, 8)
+    assert layer.product_by_token(torch.zeros(2, 0, 8), True, torch.bfloat16).shape == (2, 0, 8)
 
 
 # --- norms -----------------------------------------------------------------------------------------------------------
@@ -305,6 +324,6 @@ def test_kernels_that_do_not_compile_are_done_without(
         with caplog.at_level(logging.WARNING, "hf_quant.runtime.vnni"):
             assert not vnni.available.__wrapped__()
         assert "the kernels for AVX-512 VNNI cannot be used" in caplog.text
-        assert "hf_quant_attention" in caplog.text
+        assert "hf_quant_register" in caplog.text
     finally:
         vnni._library.cache_clear()

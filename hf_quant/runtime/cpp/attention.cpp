@@ -278,19 +278,7 @@ void head(const Problem &p, int64_t batch, int64_t number, int64_t first, int64_
     }
 }
 
-}  // namespace
-
-extern "C" int hf_quant_attention(const int64_t *numbers, const float *floats) {
-    Problem p;
-    p.query = (const float *)numbers[0];
-    p.key = (const float *)numbers[1];
-    p.value = (const float *)numbers[2];
-    p.mask = (const float *)numbers[3];
-    p.output = (void *)numbers[4];
-    std::memcpy(&p.batch, numbers + 5, 10 * sizeof(int64_t));
-    std::memcpy(&p.q, numbers + 15, 15 * sizeof(int64_t));
-    p.scale = floats[0], p.out_scale = floats[1], p.out_zero = floats[2];
-
+void attend(const Problem &p) {
     const int64_t padded = up(p.keys, COLUMNS * LANES);
     const size_t bytes = padded * p.width / 2 * 4 + padded / 2 * p.value_width * 4 + ROWS * padded * 6 +
                          ROWS * p.value_width * 4 + ROWS * p.width * 2;
@@ -298,8 +286,8 @@ extern "C" int hf_quant_attention(const int64_t *numbers, const float *floats) {
     const int64_t all = p.batch * p.heads;
     const int64_t parts = std::max<int64_t>(1, std::min(up(p.threads, all) / all, p.queries / ROWS));
     const int64_t part = up(up(p.queries, parts) / parts, ROWS);
-    int failed = 0;
-#pragma omp parallel num_threads((int)std::min(p.threads, all *parts)) reduction(| : failed)
+    bool failed = false;
+#pragma omp parallel num_threads((int)std::min(p.threads, all *parts)) reduction(|| : failed)
     {
         char *memory = (char *)std::aligned_alloc(64, up(bytes, 64));
         failed = memory == nullptr;
@@ -310,5 +298,7 @@ extern "C" int hf_quant_attention(const int64_t *numbers, const float *floats) {
         }
         std::free(memory);
     }
-    return failed;
+    if (failed) throw std::bad_alloc();
 }
+
+}  // namespace

@@ -9,6 +9,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <memory>
+#include <new>
 
 #define UNROLL _Pragma("GCC unroll 32")  // whole, so that sums live in registers
 

@@ -1,8 +1,8 @@
 // Linear layers for CPUs with AVX-512 VNNI: products of uint8 activations and an int8 weight, with all that comes
 // before and after them: rounding a dynamic input, scales, bias, activation function, rounding the output.
 //
-// The weight lies in panels of 64 outputs, four inputs of an output side by side: (outputs / 64, inputs / 4, 64, 4). Where
-// there are no multiples of 64 and 4, it is filled up with 0, and rows of uint8 inputs with anything.
+// The weight lies in panels of 64 outputs, four inputs of an output side by side: (outputs / 64, inputs / 4, 64, 4).
+// Where there are no multiples of 64 and 4, it is filled up with 0, and rows of uint8 inputs with anything.
 
 namespace {
 
@@ -214,43 +214,39 @@ void quantize_group(const float *from, int64_t count, int64_t width, bool symmet
     }
 }
 
-Layer read_layer(const int64_t *numbers) {
-    return {(const int8_t *)numbers[0], (const float *)numbers[1], (const int32_t *)numbers[2],
-            (const float *)numbers[3],  numbers[4],                numbers[5]};
-}
-
-}  // namespace
-
-// numbers: input, output, rows, kind, post, zero point, threads; floats: input scale, one over the
-// output scale, the output's zero point.
-extern "C" void hf_quant_product(const int64_t *layer_numbers, const int64_t *numbers, const float *floats) {
-    const Layer layer = read_layer(layer_numbers);
-    const int32_t zero = (int32_t)numbers[5];
-    const Rows rows{(const uint8_t *)numbers[0], floats, &zero, 0, numbers[2]};
-    const Output out{(void *)numbers[1], numbers[3], numbers[4], floats[1], floats[2]};
-#pragma omp parallel num_threads(team(layer, rows.count, numbers[6]))
+// `count` rows of uint8 inputs, with one scale and zero point.
+void multiply(const Layer &layer, const uint8_t *values, int64_t count, float scale, int32_t zero, const Output &out,
+              int64_t threads) {
+    const int64_t stride = up(layer.in, 4);
+    std::unique_ptr<uint8_t[]> copy;
+    if (stride != layer.in) {
+        copy.reset(new uint8_t[count * stride]());
+        for (int64_t row = 0; row < count; row++)
+            std::memcpy(copy.get() + row * stride, values + row * layer.in, layer.in);
+        values = copy.get();
+    }
+    const Rows rows{values, &scale, &zero, 0, count};
+#pragma omp parallel num_threads(team(layer, count, threads))
     multiply_parts(layer, rows, out);
 }
 
-// numbers: input (float32), output, rows, kind, post, rows to a range, whether symmetric, threads.
-extern "C" int hf_quant_product_by_token(const int64_t *layer_numbers, const int64_t *numbers) {
-    const Layer layer = read_layer(layer_numbers);
-    const int64_t count = numbers[2], group = numbers[5], stride = up(layer.in, 4);
-    char *memory = (char *)std::malloc(count * (stride + sizeof(float) + sizeof(int32_t)));
-    if (memory == nullptr) return 1;
-    float *scales = (float *)memory;
+// `count` rows of float32 inputs, of which `group` successive ones have one range.
+void multiply_by_token(const Layer &layer, const float *input, int64_t count, int64_t group, bool symmetric,
+                       const Output &out, int64_t threads) {
+    const int64_t stride = up(layer.in, 4);
+    const std::unique_ptr<char[]> memory(new char[count * (stride + sizeof(float) + sizeof(int32_t))]);
+    float *scales = (float *)memory.get();
     int32_t *zeros = (int32_t *)(scales + count);
     uint8_t *values = (uint8_t *)(zeros + count);
     const Rows rows{values, scales, zeros, 1, count};
-    const Output out{(void *)numbers[1], numbers[3], numbers[4], 1.0f, 0.0f};
-#pragma omp parallel num_threads(team(layer, count, numbers[7]))
+#pragma omp parallel num_threads(team(layer, count, threads))
     {
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < count; row += group)
-            quantize_group((const float *)numbers[0] + row * layer.in, group, layer.in, numbers[6],
-                           values + row * stride, scales + row, zeros + row);
+            quantize_group(input + row * layer.in, group, layer.in, symmetric, values + row * stride, scales + row,
+                           zeros + row);
         multiply_parts(layer, rows, out);
     }
-    std::free(memory);
-    return 0;
 }
+
+}  // namespace

@@ -44,16 +44,9 @@ void normalize_row(const Norm &norm, int64_t row) {
     }
 }
 
-}  // namespace
-
-// numbers: two inputs, weight, bias, output, rounded output, width, rows, threads; floats: epsilon, one over the output
-// scale, the output's zero point.
-extern "C" void hf_quant_norm(const int64_t *numbers, const float *floats) {
-    const Norm norm{(const float *)numbers[0], (const float *)numbers[1], (const float *)numbers[2],
-                    (const float *)numbers[3], (float *)numbers[4],       (uint8_t *)numbers[5],
-                    numbers[6],                floats[0],                 floats[1],
-                    floats[2]};
-    const int64_t rows = numbers[7], few = rows * norm.width < FEW / 16;
-#pragma omp parallel for schedule(static) num_threads(few ? 1 : (int)numbers[8])
+void normalize(const Norm &norm, int64_t rows, int64_t threads) {
+#pragma omp parallel for schedule(static) num_threads(rows * norm.width < FEW / 16 ? 1 : (int)threads)
     for (int64_t row = 0; row < rows; row++) normalize_row(norm, row);
 }
+
+}  // namespace

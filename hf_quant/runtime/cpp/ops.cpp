@@ -1,0 +1,154 @@
+// The kernels as operations of torch; `vnni.py` says what they take and give.
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <mutex>
+#include <optional>
+#include <stdexcept>
+#include <tuple>
+#include <vector>
+
+namespace {
+
+using torch::stable::Tensor;
+
+std::mutex lock;
+std::vector<Layer> layers;  // by number
+
+Layer find_layer(int64_t number) {
+    const std::lock_guard<std::mutex> guard(lock);
+    if (number < 0 || number >= (int64_t)layers.size() || layers[number].weight == nullptr)
+        throw std::runtime_error("the layer of this graph is gone, with the model that was optimized");
+    return layers[number];
+}
+
+Tensor make(const std::vector<int64_t> &sizes, const std::vector<int64_t> &strides, int32_t type) {
+    AtenTensorHandle made;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided((int64_t)sizes.size(), sizes.data(), strides.data(), type,
+                                                    aoti_torch_device_type_cpu(), 0, &made));
+    return Tensor(made);
+}
+
+// Contiguous, of the sizes of `like` but for the last.
+Tensor make_rows(const Tensor &like, int64_t width, int32_t type) {
+    std::vector<int64_t> sizes(like.dim()), strides(like.dim());
+    int64_t stride = 1;
+    for (int64_t dim = like.dim() - 1; dim >= 0; dim--) {
+        sizes[dim] = dim == like.dim() - 1 ? width : like.size(dim);
+        strides[dim] = stride;
+        stride *= sizes[dim];
+    }
+    return make(sizes, strides, type);
+}
+
+int32_t type_of(int64_t kind) {
+    if (kind == BFLOAT16) return aoti_torch_dtype_bfloat16();
+    return kind == UINT8 ? aoti_torch_dtype_uint8() : aoti_torch_dtype_float32();
+}
+
+Tensor whole(const Tensor &tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+
+Tensor by_rows(const Tensor &tensor) {
+    const int64_t last = tensor.dim() - 1;
+    return tensor.stride(last) == 1 || tensor.size(last) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
+int64_t threads() { return torch::stable::get_num_threads(); }
+
+Tensor product(Tensor quantized, int64_t number, double scale, int64_t zero, int64_t kind, int64_t post,
+               double out_scale, int64_t out_zero) {
+    const Layer layer = find_layer(number);
+    quantized = whole(quantized);
+    Tensor output = make_rows(quantized, layer.out, type_of(kind));
+    multiply(layer, (const uint8_t *)quantized.data_ptr(), output.numel() / layer.out, (float)scale, (int32_t)zero,
+             {output.data_ptr(), kind, post, (float)(1 / out_scale), (float)out_zero}, threads());
+    return output;
+}
+
+Tensor product_by_token(Tensor input, int64_t number, bool symmetric, int64_t kind, int64_t post) {
+    const Layer layer = find_layer(number);
+    input = whole(input);
+    Tensor output = make_rows(input, layer.out, type_of(kind));
+    if (output.numel() == 0) return output;
+    // As `token_dims` says: rows after the second dimension share a range, and in two dimensions all do.
+    const int64_t rows = output.numel() / layer.out, ranges = input.dim() < 3 ? 1 : input.size(0) * input.size(1);
+    multiply_by_token(layer, (const float *)input.data_ptr(), rows, rows / ranges, symmetric,
+                      {output.data_ptr(), kind, post, 1.0f, 0.0f}, threads());
+    return output;
+}
+
+Strides strides_of(const Tensor &tensor) { return {tensor.stride(0), tensor.stride(1), tensor.stride(2)}; }
+
+Tensor attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> mask, bool causal, double scale,
+                 std::optional<double> out_scale, int64_t out_zero) {
+    query = by_rows(query), key = by_rows(key), value = by_rows(value);
+    const int64_t batch = query.size(0), heads = query.size(1), queries = query.size(2), width = value.size(3);
+    const int64_t row = heads * width;
+    Tensor output = make({batch, heads, queries, width}, {queries * row, width, row, 1},
+                         type_of(out_scale.has_value() ? UINT8 : FLOAT32));
+    if (output.numel() == 0) return output;
+    Problem p{};
+    if (mask.has_value()) {
+        mask = by_rows(*mask);
+        p.mask = (const float *)mask->data_ptr();
+        // Dimensions that are missing, at the front, or 1 are the same for all.
+        const auto step = [&](int64_t from_end) {
+            const int64_t dim = mask->dim() - from_end;
+            return dim < 0 || mask->size(dim) == 1 ? 0 : mask->stride(dim);
+        };
+        p.m = {step(4), step(3), step(2)};
+    }
+    p.query = (const float *)query.data_ptr(), p.key = (const float *)key.data_ptr();
+    p.value = (const float *)value.data_ptr(), p.output = output.data_ptr();
+    p.batch = batch, p.heads = heads, p.kv_heads = key.size(1), p.queries = queries, p.keys = key.size(2);
+    p.width = query.size(3), p.value_width = width, p.causal = causal, p.quantized = out_scale.has_value();
+    p.threads = threads(), p.q = strides_of(query), p.k = strides_of(key), p.v = strides_of(value);
+    p.o = strides_of(output), p.scale = (float)scale, p.out_zero = (float)out_zero;
+    p.out_scale = (float)out_scale.value_or(1.0);
+    attend(p);
+    return output;
+}
+
+std::tuple<Tensor, Tensor> norm(Tensor first, std::optional<Tensor> second, std::optional<Tensor> weight,
+                                std::optional<Tensor> bias, double epsilon, std::optional<double> out_scale,
+                                int64_t out_zero) {
+    first = whole(first);
+    const int64_t width = first.size(first.dim() - 1);
+    Tensor output = make_rows(first, width, type_of(FLOAT32));
+    Tensor rounded = out_scale.has_value() ? make_rows(first, width, type_of(UINT8)) : make({0}, {1}, type_of(UINT8));
+    for (auto *each : {&second, &weight, &bias})
+        if (each->has_value()) *each = whole(**each);
+    const auto floats = [](const std::optional<Tensor> &each) {
+        return each.has_value() ? (const float *)each->data_ptr() : nullptr;
+    };
+    normalize({(const float *)first.data_ptr(), floats(second), floats(weight), floats(bias), (float *)output.data_ptr(),
+               out_scale.has_value() ? (uint8_t *)rounded.data_ptr() : nullptr, width, (float)epsilon,
+               (float)(1 / out_scale.value_or(1.0)), (float)out_zero},
+              output.numel() / std::max<int64_t>(width, 1), threads());
+    return {output, rounded};
+}
+
+}  // namespace
+
+// The layer's weight, scales, sums and bias, which stay where they are until it is forgotten, and its sizes.
+extern "C" void hf_quant_register(int64_t number, const int64_t *from) {
+    const std::lock_guard<std::mutex> guard(lock);
+    if (number >= (int64_t)layers.size()) layers.resize(number + 1, Layer{});
+    layers[number] = {(const int8_t *)from[0], (const float *)from[1], (const int32_t *)from[2],
+                      (const float *)from[3],  from[4],                from[5]};
+}
+
+extern "C" void hf_quant_forget(int64_t number) {
+    const std::lock_guard<std::mutex> guard(lock);
+    layers[number] = Layer{};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(hf_quant, CPU, m) {
+    m.impl("vnni_product", TORCH_BOX(&product));
+    m.impl("vnni_product_by_token", TORCH_BOX(&product_by_token));
+    m.impl("vnni_attention", TORCH_BOX(&attention));
+    m.impl("vnni_norm", TORCH_BOX(&norm));
+}
