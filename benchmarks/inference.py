@@ -37,6 +37,8 @@ from peers.files import READS, STEPS
 from peers.report import best_other, plot, write_table
 from peers.worker import Worker
 
+from hf_quant.runtime.cpu import native_bfloat16
+
 SHAPES: dict[str, dict[str, int]] = {
     "minilm": {},  # what the folder of --model says
     "bert-base": {},
@@ -249,6 +251,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one round of one batch: tries out, and fills the caches")
     parser.add_argument("--remake", action="store_true", help="make the files of all peers anew")
     options = parser.parse_args()
+    options.asked = bool(options.peers)
     options.peers = options.peers.split(",") if options.peers else list(PEERS)
     for name in options.peers:
         if name not in PEERS:
@@ -301,6 +304,8 @@ def main() -> None:
         for name in options.peers:
             if PEERS[name].needs in failed:
                 fleet.rows[name] = {"failed": failed[PEERS[name].needs]}
+            elif "bf16" in name and not options.asked and native_bfloat16() is None:
+                fleet.rows[name] = {"failed": "not started: this CPU has no bfloat16, and emulates it very slowly"}
             else:
                 fleet.start(name, folder, options.threads)
         for case in cases:

@@ -148,8 +148,7 @@ class CompiledForward:
         from torch._inductor import config
         from torch._inductor.compile_fx import compile_fx
 
-        # The number of threads is that of the call, not of the compilation; and what graphs check of their own buffers
-        # takes as long as a layer does for one token.
+        # The number of threads is that of the call, not of the compilation; and a graph need not check its own buffers.
         with config.patch({"cpp.dynamic_threads": True, "size_asserts": False}):
             return cast(Callable[..., Any], compile_fx(module, inputs))
 

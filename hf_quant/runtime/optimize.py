@@ -37,18 +37,22 @@ def optimize(
 
     The forward is captured as a graph and rewritten by structure: layers with one input become one product (query,
     key and value); an activation function between two static layers, and the rounding that follows it, become the end
-    of the first product; attention multiplies in bfloat16 where the CPU does so natively. Which kernel multiplies is
-    measured once a machine for each shape (`hf-quant inspect FOLDER --kernels`). Inductor makes kernels of the rest.
-    Batches with padding run as several batches with little of it, see [`UnpaddedForward`].
+    of the first product. Which kernel multiplies is measured once a machine for each shape (`hf-quant inspect FOLDER
+    --kernels`). Inductor makes kernels of the rest. Batches with padding run as several batches with little of it, see
+    [`UnpaddedForward`].
+
+    On CPUs with AVX-512 VNNI and without AMX, kernels of this package's own do layers as a whole, normalization and
+    attention; a C++ compiler builds them once a machine. On others, attention multiplies in bfloat16 where the CPU
+    does so natively.
 
     Decoders generate fastest with `cache_implementation="static"`.
 
     The first call with a new combination of arguments captures a graph, which takes seconds, and minutes where
     Inductor has nothing in its cache on disk; after it, one graph serves all batch sizes and lengths, and another
     batches of one. `model(...)`, `generate` and `pipeline` go on working, from several threads too; saving writes
-    what it did before. What comes out differs by the rounding of bfloat16 in attention and of float16 in a head; with
-    `dtype="float32"` by no more than the rounding of sums. Optimize last: an optimized model is not moved, cast,
-    copied or trained.
+    what it did before. What comes out differs by the rounding of 16-bit integers or bfloat16 in attention and of
+    float16 in a head; with `dtype="float32"` by no more than the rounding of sums. Optimize last: an optimized model
+    is not moved, cast, copied or trained.
 
     On CUDA nothing is rewritten, and batches run with their padding. Weights alone (`int8_weight_only`,
     `int4_weight_only`) are read as integers for up to 16 tokens: int8 in float16 and bfloat16 models; int4 in bfloat16
@@ -64,11 +68,12 @@ def optimize(
             Arguments of the forward, with which graphs are made now instead of at the first call.
         compile (`bool`, *optional*, defaults to `True`):
             Whether Inductor compiles what is between the products, which needs a C++ compiler (without one, a warning
-            says so). Otherwise the rewritten graph runs operation by operation: slower, and ready in a second.
+            says so). Otherwise the rewritten graph runs operation by operation: slower, and ready in a second once the
+            kernels are built.
         dtype (`str`, *optional*, defaults to `"auto"`):
-            Of what is not a product of integers. `"auto"`: float32, but attention's products in bfloat16 on CPUs that
-            multiply it natively, and large float layers (a language model's head) by a float16 copy of the weight for
-            a few tokens; `"float32"`: all of it; `"bfloat16"`: all of it, and so are the outputs.
+            Of what is not a product of integers. `"auto"`: float32, but attention's products by 16-bit integers or in
+            bfloat16 on CPUs that are made for it, and large float layers (a language model's head) by a float16 copy
+            of the weight for a few tokens; `"float32"`: all of it; `"bfloat16"`: all of it, and so are the outputs.
 
     Returns:
         the same model, in eval mode.

@@ -7,7 +7,7 @@
 namespace {
 
 constexpr int PANEL = COLUMNS * LANES;  // outputs
-constexpr int CHUNK_ROWS = 16 * ROWS;   // tokens that stay in the nearest caches while panels pass by
+constexpr int CHUNK_ROWS = 16 * ROWS;   // tokens, at most, that stay in the nearest caches while panels pass by
 constexpr int64_t FEW = 1 << 18;        // products that take less time than to wake up another thread
 
 struct Layer {
@@ -174,10 +174,11 @@ void multiply_part(const Layer &layer, const Rows &rows, const Output &out, int6
 // Within a parallel region: parts are dealt out so that a thread's successive ones read the same rows.
 void multiply_parts(const Layer &layer, const Rows &rows, const Output &out) {
     const int64_t panels = up(layer.out, PANEL) / PANEL, chunks = up(rows.count, CHUNK_ROWS) / CHUNK_ROWS;
+    const int64_t each = up(up(rows.count, chunks) / chunks, ROWS);  // all alike, so that no thread waits for another
 #pragma omp for schedule(static)
     for (int64_t part = 0; part < chunks * panels; part++) {
-        const int64_t first = part / panels * CHUNK_ROWS;
-        multiply_part(layer, rows, out, first, std::min(rows.count, first + CHUNK_ROWS), part % panels);
+        const int64_t first = part / panels * each;
+        multiply_part(layer, rows, out, first, std::min(rows.count, first + each), part % panels);
     }
 }
 

@@ -63,6 +63,7 @@ Tensor product(Tensor quantized, int64_t number, double scale, int64_t zero, int
     const Layer layer = find_layer(number);
     quantized = whole(quantized);
     Tensor output = make_rows(quantized, layer.out, type_of(kind));
+    if (output.numel() == 0) return output;
     multiply(layer, (const uint8_t *)quantized.data_ptr(), output.numel() / layer.out, (float)scale, (int32_t)zero,
              {output.data_ptr(), kind, post, (float)(1 / out_scale), (float)out_zero}, threads());
     return output;
