@@ -89,13 +89,14 @@ def plot(path: Path, results: dict[str, Any]) -> None:
     figure, panels = pyplot.subplots(
         1, len(cases), sharey=True, squeeze=False, figsize=(2.2 + 2.4 * len(cases), 0.8 + 0.3 * len(names))
     )
+    most = max(row.get("of_best_other", 0.0) for case in cases.values() for row in case["rows"].values())
     for panel, (case, result) in zip(panels[0], cases.items(), strict=True):
         values = [result["rows"].get(name, {}).get("of_best_other", 0.0) for name in names]
         colours = ["#1f6fb4" if PEERS[name].kind == "ours" else "#b9bec4" for name in names]
         bars = panel.barh([PEERS[name].label for name in names], values, color=colours)
         panel.bar_label(bars, [f"{value:.2f}" if value else "" for value in values], padding=2, fontsize=7)
         panel.axvline(1, color="black", linewidth=0.8)
-        panel.set_xlim(0, 1.18 * max(*values, 1.0))
+        panel.set_xlim(0, 1.18 * most)
         panel.set_title(case, fontsize=9)
         panel.tick_params(labelsize=8)
         panel.spines[["top", "right"]].set_visible(False)

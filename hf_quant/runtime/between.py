@@ -190,3 +190,31 @@ def _summands(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
             first, second = args_of(node)
             return first, second
     return node, None
+
+
+def end_products_in_norms(graph: fx.Graph) -> int:
+    """A layer and the norm of its output, or of the sum with what went around it, as one; returns how many."""
+    count = 0
+    plain = (vnni.KINDS[torch.float32], vnni.POSTS["none"])
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target is not vnni.norm:
+            continue
+        first, second, *rest = args_of(node)
+        for part, other in ((first, second), (second, first)):
+            if not isinstance(part, fx.Node) or len(part.users) > 1:
+                continue
+            arguments = args_of(part)
+            if part.target is vnni.product and arguments[4:6] == plain:
+                target, kept = vnni.product_norm, arguments[:4]
+            elif part.target is vnni.product_by_token and arguments[3:] == (
+                vnni.KINDS[torch.float32],
+                vnni.POSTS["none"],
+            ):
+                target, kept = vnni.product_by_token_norm, arguments[:3]
+            else:
+                continue
+            node.target, node.args = target, (*kept, other, *rest)
+            graph.erase_node(part)
+            count += 1
+            break
+    return count

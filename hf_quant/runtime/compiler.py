@@ -148,7 +148,7 @@ class CompiledForward:
         from torch._inductor import config
         from torch._inductor.compile_fx import compile_fx
 
-        # The number of threads is that of the call, not of the compilation; and a graph need not check its own buffers.
+        # The number of threads is that of the call, not of the compilation; a graph need not check its own buffers.
         with config.patch({"cpp.dynamic_threads": True, "size_asserts": False}):
             return cast(Callable[..., Any], compile_fx(module, inputs))
 

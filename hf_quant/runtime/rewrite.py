@@ -13,7 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from . import ops, vnni
-from .between import Attention, args_of, fuse_norms, name_of, replace_attention, round_attention
+from .between import (
+    Attention,
+    args_of,
+    end_products_in_norms,
+    fuse_norms,
+    name_of,
+    replace_attention,
+    round_attention,
+)
 from .ops import Layer, prepare
 
 _IN_PLACE = ("iadd", "iand", "ifloordiv", "imod", "imul", "ior", "ipow", "isub", "itruediv", "ixor", "setitem")
@@ -35,6 +43,7 @@ class Rewritten:
         attentions (`int`): attentions, or products of one, by other products than PyTorch's.
         rounded (`int`): attentions that end in the next layer's rounding.
         norms (`int`): layer normalizations by the package's own kernel, with the sum before and the rounding after.
+        ended (`int`): of these, the ones that a layer ends in.
     """
 
     layers: int = 0
@@ -43,6 +52,7 @@ class Rewritten:
     attentions: int = 0
     rounded: int = 0
     norms: int = 0
+    ended: int = 0
 
 
 def rewrite(
@@ -75,6 +85,7 @@ def rewrite(
     if vnni.available():
         found.norms = fuse_norms(graph)
         _call_directly(graph)
+        found.ended = end_products_in_norms(graph)
     # No other node: a method that changes its tensor, such as a static cache's, has no users either.
     graph.eliminate_dead_code(lambda node: node.target is not operator.getitem)
     graph.lint()

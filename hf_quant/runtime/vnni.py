@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 _PANEL, _FOURS, _LANES = 64, 4, 16  # outputs, inputs, and values of 32 bits in a register
 _WIDEST = 512  # of an attention's head: from there on, what is left of 31 bits rounds more than bfloat16
-_SOURCES = ("common.h", "attention.cpp", "linear.cpp", "norm.cpp", "ops.cpp")
+_SOURCES = ("common.h", "attention.cpp", "norm.cpp", "linear.cpp", "ops.cpp")
 # Numbers of what operations give, and of what they end in.
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
 _DTYPES = {kind: dtype for dtype, kind in KINDS.items()}
@@ -189,6 +189,38 @@ def _fake_norm(
     return first.new_empty(first.shape), rounded
 
 
+def _fake_product_norm(
+    input: Tensor,
+    number: int,
+    scale: float,
+    zero_point: int,
+    second: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    epsilon: float,
+    out_scale: float | None,
+    out_zero_point: int,
+) -> tuple[Tensor, Tensor]:
+    first = input.new_empty(*input.shape[:-1], _WEIGHTS[number].out_features, dtype=torch.float32)
+    return _fake_norm(first, second, weight, bias, epsilon, out_scale, out_zero_point)
+
+
+def _fake_product_by_token_norm(
+    input: Tensor,
+    number: int,
+    symmetric: bool,
+    second: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    epsilon: float,
+    out_scale: float | None,
+    out_zero_point: int,
+) -> tuple[Tensor, Tensor]:
+    return _fake_product_norm(input, number, 1.0, 0, second, weight, bias, epsilon, out_scale, out_zero_point)
+
+
+_NORM = "Tensor? second, Tensor? weight, Tensor? bias, float epsilon, float? out_scale, int out_zero_point"
+
 # What they do is in cpp/ops.cpp, which [`available`] loads.
 _LIBRARY = torch.library.Library("hf_quant", "FRAGMENT")
 for _signature, _fake in (
@@ -206,10 +238,14 @@ for _signature, _fake in (
         "float? out_scale=None, int out_zero_point=0) -> Tensor",
         _fake_attention,
     ),
+    (f"vnni_norm(Tensor first, {_NORM}) -> (Tensor, Tensor)", _fake_norm),
     (
-        "vnni_norm(Tensor first, Tensor? second, Tensor? weight, Tensor? bias, float epsilon, float? out_scale, "
-        "int out_zero_point) -> (Tensor, Tensor)",
-        _fake_norm,
+        f"vnni_product_norm(Tensor quantized, int number, float scale, int zero_point, {_NORM}) -> (Tensor, Tensor)",
+        _fake_product_norm,
+    ),
+    (
+        f"vnni_product_by_token_norm(Tensor input, int number, bool symmetric, {_NORM}) -> (Tensor, Tensor)",
+        _fake_product_by_token_norm,
     ),
 ):
     _LIBRARY.define(_signature)
@@ -226,6 +262,10 @@ attention = torch.ops.hf_quant.vnni_attention.default
 # Layer normalization over the last dimension of one float32 tensor or the sum of two alike; and, with an `out_scale`,
 # the same as uint8, as from [`quantize_static`].
 norm = torch.ops.hf_quant.vnni_norm.default
+
+# A product without activation function, in float32, and the norm of it alone or of the sum with a second tensor.
+product_norm = torch.ops.hf_quant.vnni_product_norm.default
+product_by_token_norm = torch.ops.hf_quant.vnni_product_by_token_norm.default
 
 
 # --- whether they are right ------------------------------------------------------------------------------------------

@@ -71,6 +71,7 @@ def test_attention_by_integers(scheme: str, compile: bool) -> None:
     graph = model.forward._forward.graphs[0]
     assert graph.attentions == 2
     assert graph.norms == 5  # of the embeddings, and two a layer
+    assert graph.ended == 4  # all but that of the embeddings take in a product
     assert graph.rounded == (2 if scheme == "static" else 0)
 
 

@@ -291,7 +291,7 @@ void attend(const Problem &p) {
     {
         char *memory = (char *)std::aligned_alloc(64, up(bytes, 64));
         failed = memory == nullptr;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
         for (int64_t unit = 0; unit < all * parts; unit++) {
             const int64_t first = unit % parts * part, last = std::min(p.queries, first + part);
             if (!failed && first < last) head(p, unit / parts / p.heads, unit / parts % p.heads, first, last, memory);

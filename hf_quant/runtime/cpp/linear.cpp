@@ -33,15 +33,16 @@ struct Output {
     void *values;
     int64_t kind, post;
     float scale, zero;
+    int64_t first;  // row that lies at `values`
 };
 
-// Sums of `R` rows times one panel: [R][64]. A function of its own with nothing around its loop: else gcc keeps the
-// sums in memory.
+// Sums of `R` rows times one panel, [R][64], which begin at `start`, [64]. A function of its own with nothing around its
+// loop: else gcc keeps the sums in memory.
 template <int R>
 __attribute__((noinline)) void multiply_panel(const uint8_t *left, int64_t stride, const int8_t *panel, int64_t fours,
-                                              int32_t *out) {
+                                              const int32_t *start, int32_t *out) {
     __m512i sums[R * COLUMNS];
-    UNROLL for (int i = 0; i < R * COLUMNS; i++) sums[i] = _mm512_setzero_si512();
+    UNROLL for (int i = 0; i < R * COLUMNS; i++) sums[i] = _mm512_load_si512(start + i % COLUMNS * LANES);
     for (int64_t four = 0; four < fours; four++) {
         __m512i columns[COLUMNS];
         UNROLL for (int c = 0; c < COLUMNS; c++) columns[c] = _mm512_load_si512(panel + (four * COLUMNS + c) * 64);
@@ -55,14 +56,14 @@ __attribute__((noinline)) void multiply_panel(const uint8_t *left, int64_t strid
 }
 
 void multiply_panel(int64_t rows, const uint8_t *left, int64_t stride, const int8_t *panel, int64_t fours,
-                    int32_t *out) {
+                    const int32_t *start, int32_t *out) {
     switch (rows) {
-        case 1: return multiply_panel<1>(left, stride, panel, fours, out);
-        case 2: return multiply_panel<2>(left, stride, panel, fours, out);
-        case 3: return multiply_panel<3>(left, stride, panel, fours, out);
-        case 4: return multiply_panel<4>(left, stride, panel, fours, out);
-        case 5: return multiply_panel<5>(left, stride, panel, fours, out);
-        default: return multiply_panel<ROWS>(left, stride, panel, fours, out);
+        case 1: return multiply_panel<1>(left, stride, panel, fours, start, out);
+        case 2: return multiply_panel<2>(left, stride, panel, fours, start, out);
+        case 3: return multiply_panel<3>(left, stride, panel, fours, start, out);
+        case 4: return multiply_panel<4>(left, stride, panel, fours, start, out);
+        case 5: return multiply_panel<5>(left, stride, panel, fours, start, out);
+        default: return multiply_panel<ROWS>(left, stride, panel, fours, start, out);
     }
 }
 
@@ -72,22 +73,20 @@ inline __m512 gated(__m512 x, __m512 y) {
     return _mm512_div_ps(x, _mm512_add_ps(one, power(_mm512_sub_ps(_mm512_setzero_ps(), y), 1.0f)));
 }
 
-// x / 2 (1 + erf(x / sqrt 2)), with an absolute error below 1e-6 |x|: erf(z) / z as a fraction of polynomials of z^2.
+// x / 2 (1 + erf(x / sqrt 2)), with an absolute error below 3e-6 |x|: erf(z) / z as a fraction of polynomials of z^2.
 inline __m512 gelu(__m512 x) {
     const __m512 most = _mm512_set1_ps(4.2f);
     __m512 z = _mm512_mul_ps(x, _mm512_set1_ps(0.70710678118654752440f));
     z = _mm512_max_ps(_mm512_min_ps(z, most), _mm512_sub_ps(_mm512_setzero_ps(), most));
     const __m512 t = _mm512_mul_ps(z, z);
-    __m512 over = _mm512_set1_ps(0.000343336505f);
-    over = _mm512_fmadd_ps(over, t, _mm512_set1_ps(0.0100985977f));
-    over = _mm512_fmadd_ps(over, t, _mm512_set1_ps(0.0733514317f));
-    over = _mm512_fmadd_ps(over, t, _mm512_set1_ps(0.350471278f));
-    over = _mm512_fmadd_ps(over, t, _mm512_set1_ps(1.12838351f));
-    __m512 under = _mm512_set1_ps(1.92444139e-05f);
-    under = _mm512_fmadd_ps(under, t, _mm512_set1_ps(0.00250978833f));
-    under = _mm512_fmadd_ps(under, t, _mm512_set1_ps(0.0282136404f));
-    under = _mm512_fmadd_ps(under, t, _mm512_set1_ps(0.179638066f));
-    under = _mm512_fmadd_ps(under, t, _mm512_set1_ps(0.643951907f));
+    __m512 over = _mm512_set1_ps(0.00157923176f);
+    over = _mm512_fmadd_ps(over, t, _mm512_set1_ps(0.050391836f));
+    over = _mm512_fmadd_ps(over, t, _mm512_set1_ps(0.172585481f));
+    over = _mm512_fmadd_ps(over, t, _mm512_set1_ps(1.12841276f));
+    __m512 under = _mm512_set1_ps(7.67917087e-05f);
+    under = _mm512_fmadd_ps(under, t, _mm512_set1_ps(0.0127038903f));
+    under = _mm512_fmadd_ps(under, t, _mm512_set1_ps(0.106181039f));
+    under = _mm512_fmadd_ps(under, t, _mm512_set1_ps(0.486546572f));
     under = _mm512_fmadd_ps(under, t, _mm512_set1_ps(1.0f));
     __m512 inverse = _mm512_rcp14_ps(under);  // and one step of Newton's
     inverse = _mm512_mul_ps(inverse, _mm512_fnmadd_ps(under, inverse, _mm512_set1_ps(2.0f)));
@@ -128,21 +127,25 @@ inline void store(const Output &out, int64_t place, __mmask16 there, __m512 valu
     }
 }
 
-// From sums of integers to outputs, for one row and panel.
+// (q - z) w^T = q w^T - z sum(w), exact in integers: what is subtracted.
+inline __m512i shifted(const Layer &layer, int64_t column, int32_t zero) {
+    return _mm512_mullo_epi32(_mm512_set1_epi32(zero), _mm512_loadu_si512(layer.sums + column));
+}
+
+// From sums of integers to outputs, for one row and panel; with a zero point that sums did not begin with.
 template <int POST>
 void finish_row(const int32_t *sums, const Layer &layer, int64_t column, float scale, int32_t zero, const Output &out,
                 int64_t row) {
     const __m512 by = _mm512_set1_ps(scale);
-    const __m512i zeros = _mm512_set1_epi32(zero);
     UNROLL for (int c = 0; c < COLUMNS; c++) {
         const int64_t at = column + c * LANES;
-        // (q - z) w^T = q w^T - z sum(w), exact in integers
-        const __m512i less = _mm512_mullo_epi32(zeros, _mm512_loadu_si512(layer.sums + at));
-        __m512 value = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_load_si512(sums + c * LANES), less));
+        __m512i sum = _mm512_load_si512(sums + c * LANES);
+        if (zero) sum = _mm512_sub_epi32(sum, shifted(layer, at, zero));
+        __m512 value = _mm512_cvtepi32_ps(sum);
         const __m512 factor = _mm512_mul_ps(_mm512_loadu_ps(layer.scale + at), by);
         const __m512 bias = layer.bias == nullptr ? _mm512_setzero_ps() : _mm512_loadu_ps(layer.bias + at);
         value = apply<POST>(_mm512_fmadd_ps(value, factor, bias));
-        store(out, row * layer.out + at, lanes(layer.out - at), value);
+        store(out, (row - out.first) * layer.out + at, lanes(layer.out - at), value);
     }
 }
 
@@ -158,15 +161,21 @@ void finish_row(const int32_t *sums, const Layer &layer, int64_t column, float s
 
 // One part of the output: the rows of a chunk and one panel.
 void multiply_part(const Layer &layer, const Rows &rows, const Output &out, int64_t first, int64_t last, int64_t panel) {
-    alignas(64) int32_t sums[ROWS * PANEL];
+    alignas(64) int32_t sums[ROWS * PANEL], start[PANEL] = {};
     const int64_t fours = up(layer.in, 4) / 4;
+    if (!rows.by_row)
+        for (int at = 0; at < PANEL; at += LANES) {
+            const __m512i less = shifted(layer, panel * PANEL + at, *rows.zeros);
+            _mm512_store_si512(start + at, _mm512_sub_epi32(_mm512_setzero_si512(), less));
+        }
     for (int64_t row = first; row < last; row += ROWS) {
         const int64_t count = std::min<int64_t>(ROWS, last - row);
         multiply_panel(count, rows.values + row * fours * 4, fours * 4, layer.weight + panel * fours * PANEL * 4, fours,
-                       sums);
+                       start, sums);
         for (int64_t r = 0; r < count; r++) {
-            const int64_t which = rows.by_row ? row + r : 0;
-            finish_row(sums + r * PANEL, layer, panel * PANEL, rows.scales[which], rows.zeros[which], out, row + r);
+            const float scale = rows.by_row ? rows.scales[row + r] : *rows.scales;
+            const int32_t zero = rows.by_row ? rows.zeros[row + r] : 0;
+            finish_row(sums + r * PANEL, layer, panel * PANEL, scale, zero, out, row + r);
         }
     }
 }
@@ -175,7 +184,7 @@ void multiply_part(const Layer &layer, const Rows &rows, const Output &out, int6
 void multiply_parts(const Layer &layer, const Rows &rows, const Output &out) {
     const int64_t panels = up(layer.out, PANEL) / PANEL, chunks = up(rows.count, CHUNK_ROWS) / CHUNK_ROWS;
     const int64_t each = up(up(rows.count, chunks) / chunks, ROWS);  // all alike, so that no thread waits for another
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t part = 0; part < chunks * panels; part++) {
         const int64_t first = part / panels * each;
         multiply_part(layer, rows, out, first, std::min(rows.count, first + each), part % panels);
@@ -215,9 +224,9 @@ void quantize_group(const float *from, int64_t count, int64_t width, bool symmet
     }
 }
 
-// `count` rows of uint8 inputs, with one scale and zero point.
-void multiply(const Layer &layer, const uint8_t *values, int64_t count, float scale, int32_t zero, const Output &out,
-              int64_t threads) {
+// `count` rows of uint8 inputs, with one scale and zero point; `use` reads them within a parallel region of its own.
+template <typename Use>
+void with_rows(const Layer &layer, const uint8_t *values, int64_t count, float scale, int32_t zero, Use use) {
     const int64_t stride = up(layer.in, 4);
     std::unique_ptr<uint8_t[]> copy;
     if (stride != layer.in) {
@@ -226,27 +235,52 @@ void multiply(const Layer &layer, const uint8_t *values, int64_t count, float sc
             std::memcpy(copy.get() + row * stride, values + row * layer.in, layer.in);
         values = copy.get();
     }
-    const Rows rows{values, &scale, &zero, 0, count};
-#pragma omp parallel num_threads(team(layer, count, threads))
-    multiply_parts(layer, rows, out);
+    use(Rows{values, &scale, &zero, 0, count});
 }
 
-// `count` rows of float32 inputs, of which `group` successive ones have one range.
-void multiply_by_token(const Layer &layer, const float *input, int64_t count, int64_t group, bool symmetric,
-                       const Output &out, int64_t threads) {
+// `count` rows of float32 inputs, of which `group` successive ones have one range, as uint8.
+template <typename Use>
+void with_rows_by_token(const Layer &layer, const float *input, int64_t count, int64_t group, bool symmetric,
+                        int64_t threads, Use use) {
     const int64_t stride = up(layer.in, 4);
     const std::unique_ptr<char[]> memory(new char[count * (stride + sizeof(float) + sizeof(int32_t))]);
     float *scales = (float *)memory.get();
     int32_t *zeros = (int32_t *)(scales + count);
     uint8_t *values = (uint8_t *)(zeros + count);
-    const Rows rows{values, scales, zeros, 1, count};
-#pragma omp parallel num_threads(team(layer, count, threads))
+#pragma omp parallel for schedule(static) num_threads(team(layer, count, threads))
+    for (int64_t row = 0; row < count; row += group)
+        quantize_group(input + row * layer.in, group, layer.in, symmetric, values + row * stride, scales + row,
+                       zeros + row);
+    use(Rows{values, scales, zeros, 1, count});
+}
+
+void multiply(const Layer &layer, const Rows &rows, const Output &out, int64_t threads) {
+#pragma omp parallel num_threads(team(layer, rows.count, threads))
+    multiply_parts(layer, rows, out);
+}
+
+// A layer and the norm after it, which reads each chunk of rows while it is in the nearest caches.
+void multiply_and_normalize(const Layer &layer, const Rows &rows, Norm norm, int64_t threads) {
+    const int64_t panels = up(layer.out, PANEL) / PANEL;
+    const int64_t each = std::min<int64_t>(CHUNK_ROWS, up(up(rows.count, threads) / threads, ROWS));
+    if (rows.count < 4 * ROWS * threads) {  // so few that threads had better share the weight than the rows
+        const std::unique_ptr<float[]> sums(new float[rows.count * layer.out]);
+        multiply(layer, rows, {sums.get(), FLOAT32, NONE, 1.0f, 0.0f, 0}, threads);
+        norm.first = sums.get();
+        return normalize(norm, rows.count, threads);
+    }
+#pragma omp parallel num_threads((int)threads)
     {
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < count; row += group)
-            quantize_group(input + row * layer.in, group, layer.in, symmetric, values + row * stride, scales + row,
-                           zeros + row);
-        multiply_parts(layer, rows, out);
+        const std::unique_ptr<float[]> sums(new float[each * layer.out]);
+#pragma omp for schedule(static) nowait
+        for (int64_t chunk = 0; chunk < up(rows.count, each) / each; chunk++) {
+            const int64_t first = chunk * each, last = std::min(rows.count, first + each);
+            for (int64_t panel = 0; panel < panels; panel++)
+                multiply_part(layer, rows, {sums.get(), FLOAT32, NONE, 1.0f, 0.0f, first}, first, last, panel);
+            Norm here = norm;
+            here.first = sums.get(), here.first_row = first;
+            for (int64_t row = first; row < last; row++) normalize_row(here, row);
+        }
     }
 }
 

@@ -2,6 +2,8 @@
 
 namespace {
 
+constexpr int64_t FEW_VALUES = 1 << 14;  // that take less time than to wake up another thread
+
 struct Norm {
     const float *first, *second;  // the second may be missing
     const float *weight, *bias;   // either may be missing
@@ -9,15 +11,17 @@ struct Norm {
     uint8_t *rounded;  // may be missing
     int64_t width;
     float epsilon, scale, zero;  // the scale is one over the step of what is rounded
+    int64_t first_row;           // that lies at `first`
 };
 
 void normalize_row(const Norm &norm, int64_t row) {
     const int64_t start = row * norm.width;
+    const float *first = norm.first + start - norm.first_row * norm.width;
     float *out = norm.out + start;
     __m512 total = _mm512_setzero_ps();
     for (int64_t at = 0; at < norm.width; at += LANES) {
         const __mmask16 there = lanes(norm.width - at);
-        __m512 value = _mm512_maskz_loadu_ps(there, norm.first + start + at);
+        __m512 value = _mm512_maskz_loadu_ps(there, first + at);
         if (norm.second != nullptr) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(there, norm.second + start + at));
         total = _mm512_add_ps(total, value);
         _mm512_mask_storeu_ps(out + at, there, value);
@@ -45,7 +49,7 @@ void normalize_row(const Norm &norm, int64_t row) {
 }
 
 void normalize(const Norm &norm, int64_t rows, int64_t threads) {
-#pragma omp parallel for schedule(static) num_threads(rows * norm.width < FEW / 16 ? 1 : (int)threads)
+#pragma omp parallel for schedule(static) num_threads(rows * norm.width < FEW_VALUES ? 1 : (int)threads)
     for (int64_t row = 0; row < rows; row++) normalize_row(norm, row);
 }
 

@@ -58,14 +58,22 @@ Tensor by_rows(const Tensor &tensor) {
 
 int64_t threads() { return torch::stable::get_num_threads(); }
 
+int64_t rows_of(const Tensor &tensor) { return tensor.numel() / std::max<int64_t>(tensor.size(tensor.dim() - 1), 1); }
+
+// As `token_dims` says: rows after the second dimension share a range, and in two dimensions all do.
+int64_t group_of(const Tensor &input) {
+    return rows_of(input) / (input.dim() < 3 ? 1 : input.size(0) * input.size(1));
+}
+
 Tensor product(Tensor quantized, int64_t number, double scale, int64_t zero, int64_t kind, int64_t post,
                double out_scale, int64_t out_zero) {
     const Layer layer = find_layer(number);
     quantized = whole(quantized);
     Tensor output = make_rows(quantized, layer.out, type_of(kind));
     if (output.numel() == 0) return output;
-    multiply(layer, (const uint8_t *)quantized.data_ptr(), output.numel() / layer.out, (float)scale, (int32_t)zero,
-             {output.data_ptr(), kind, post, (float)(1 / out_scale), (float)out_zero}, threads());
+    const Output out{output.data_ptr(), kind, post, (float)(1 / out_scale), (float)out_zero, 0};
+    with_rows(layer, (const uint8_t *)quantized.data_ptr(), rows_of(quantized), (float)scale, (int32_t)zero,
+              [&](const Rows &rows) { multiply(layer, rows, out, threads()); });
     return output;
 }
 
@@ -74,10 +82,9 @@ Tensor product_by_token(Tensor input, int64_t number, bool symmetric, int64_t ki
     input = whole(input);
     Tensor output = make_rows(input, layer.out, type_of(kind));
     if (output.numel() == 0) return output;
-    // As `token_dims` says: rows after the second dimension share a range, and in two dimensions all do.
-    const int64_t rows = output.numel() / layer.out, ranges = input.dim() < 3 ? 1 : input.size(0) * input.size(1);
-    multiply_by_token(layer, (const float *)input.data_ptr(), rows, rows / ranges, symmetric,
-                      {output.data_ptr(), kind, post, 1.0f, 0.0f}, threads());
+    const Output out{output.data_ptr(), kind, post, 1.0f, 0.0f, 0};
+    with_rows_by_token(layer, (const float *)input.data_ptr(), rows_of(input), group_of(input), symmetric, threads(),
+                       [&](const Rows &rows) { multiply(layer, rows, out, threads()); });
     return output;
 }
 
@@ -113,23 +120,65 @@ Tensor attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> m
     return output;
 }
 
+// What a norm reads beside its first input, and what it writes.
+struct Normed {
+    std::optional<Tensor> second, weight, bias;
+    Tensor output, rounded;
+    Norm norm;
+
+    Normed(const Tensor &like, int64_t width, std::optional<Tensor> other, std::optional<Tensor> factor,
+           std::optional<Tensor> shift, double epsilon, std::optional<double> out_scale, int64_t out_zero)
+        : second(std::move(other)), weight(std::move(factor)), bias(std::move(shift)),
+          output(make_rows(like, width, type_of(FLOAT32))),
+          rounded(out_scale.has_value() ? make_rows(like, width, type_of(UINT8)) : make({0}, {1}, type_of(UINT8))) {
+        for (auto *each : {&second, &weight, &bias})
+            if (each->has_value()) *each = whole(**each);
+        norm = {nullptr, floats(second), floats(weight), floats(bias), (float *)output.data_ptr(),
+                out_scale.has_value() ? (uint8_t *)rounded.data_ptr() : nullptr, width, (float)epsilon,
+                (float)(1 / out_scale.value_or(1.0)), (float)out_zero, 0};
+    }
+
+    static const float *floats(const std::optional<Tensor> &each) {
+        return each.has_value() ? (const float *)each->data_ptr() : nullptr;
+    }
+
+    std::tuple<Tensor, Tensor> both() const { return {output, rounded}; }
+};
+
 std::tuple<Tensor, Tensor> norm(Tensor first, std::optional<Tensor> second, std::optional<Tensor> weight,
                                 std::optional<Tensor> bias, double epsilon, std::optional<double> out_scale,
                                 int64_t out_zero) {
     first = whole(first);
-    const int64_t width = first.size(first.dim() - 1);
-    Tensor output = make_rows(first, width, type_of(FLOAT32));
-    Tensor rounded = out_scale.has_value() ? make_rows(first, width, type_of(UINT8)) : make({0}, {1}, type_of(UINT8));
-    for (auto *each : {&second, &weight, &bias})
-        if (each->has_value()) *each = whole(**each);
-    const auto floats = [](const std::optional<Tensor> &each) {
-        return each.has_value() ? (const float *)each->data_ptr() : nullptr;
-    };
-    normalize({(const float *)first.data_ptr(), floats(second), floats(weight), floats(bias), (float *)output.data_ptr(),
-               out_scale.has_value() ? (uint8_t *)rounded.data_ptr() : nullptr, width, (float)epsilon,
-               (float)(1 / out_scale.value_or(1.0)), (float)out_zero},
-              output.numel() / std::max<int64_t>(width, 1), threads());
-    return {output, rounded};
+    Normed to(first, first.size(first.dim() - 1), second, weight, bias, epsilon, out_scale, out_zero);
+    to.norm.first = (const float *)first.data_ptr();
+    normalize(to.norm, rows_of(first), threads());
+    return to.both();
+}
+
+std::tuple<Tensor, Tensor> product_norm(Tensor quantized, int64_t number, double scale, int64_t zero,
+                                        std::optional<Tensor> second, std::optional<Tensor> weight,
+                                        std::optional<Tensor> bias, double epsilon, std::optional<double> out_scale,
+                                        int64_t out_zero) {
+    const Layer layer = find_layer(number);
+    quantized = whole(quantized);
+    const Normed to(quantized, layer.out, second, weight, bias, epsilon, out_scale, out_zero);
+    if (to.output.numel() == 0) return to.both();
+    with_rows(layer, (const uint8_t *)quantized.data_ptr(), rows_of(quantized), (float)scale, (int32_t)zero,
+              [&](const Rows &rows) { multiply_and_normalize(layer, rows, to.norm, threads()); });
+    return to.both();
+}
+
+std::tuple<Tensor, Tensor> product_by_token_norm(Tensor input, int64_t number, bool symmetric,
+                                                 std::optional<Tensor> second, std::optional<Tensor> weight,
+                                                 std::optional<Tensor> bias, double epsilon,
+                                                 std::optional<double> out_scale, int64_t out_zero) {
+    const Layer layer = find_layer(number);
+    input = whole(input);
+    const Normed to(input, layer.out, second, weight, bias, epsilon, out_scale, out_zero);
+    if (to.output.numel() == 0) return to.both();
+    with_rows_by_token(layer, (const float *)input.data_ptr(), rows_of(input), group_of(input), symmetric, threads(),
+                       [&](const Rows &rows) { multiply_and_normalize(layer, rows, to.norm, threads()); });
+    return to.both();
 }
 
 }  // namespace
@@ -152,4 +201,6 @@ STABLE_TORCH_LIBRARY_IMPL(hf_quant, CPU, m) {
     m.impl("vnni_product_by_token", TORCH_BOX(&product_by_token));
     m.impl("vnni_attention", TORCH_BOX(&attention));
     m.impl("vnni_norm", TORCH_BOX(&norm));
+    m.impl("vnni_product_norm", TORCH_BOX(&product_norm));
+    m.impl("vnni_product_by_token_norm", TORCH_BOX(&product_by_token_norm));
 }
