@@ -170,6 +170,8 @@ def fuse_norms(graph: fx.Graph) -> int:
             graph.erase_node(user)
         node.replace_all_uses_with(normed)
         graph.erase_node(node)
+        if second is not None:  # else what is added up seems to be used once more
+            graph.erase_node(given["input"])
         count += 1
     return count
 
