@@ -143,6 +143,7 @@ class CompiledForward:
         with self._lock:
             found = rewrite(module, self._merge, attentions, bfloat16)
             self.graphs.append(found)
+        cpu.give_back_memory()  # of weights in forms that are not used any more
         if not self._compile:
             return module.forward
         from torch._inductor import config

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import logging
 import platform
+import sys
 
 import torch
 
@@ -56,3 +58,11 @@ def compiler_available() -> bool:
         )
         return False
     return True
+
+
+def give_back_memory() -> None:
+    """Gives free memory back to the system: glibc keeps what lies below something that is in use."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+        if trim is not None:
+            trim(0)

@@ -68,8 +68,10 @@ def _library() -> ctypes.CDLL:
 def pack(integers: Tensor) -> Tensor:
     """An int8 weight (out, in) as the kernels want it: (out / 64, in / 4, 64, 4), rounded up and filled with 0."""
     rows, columns = integers.shape
-    padded = F.pad(integers, (0, -columns % _FOURS, 0, -rows % _PANEL))
-    return padded.view(-1, _PANEL, padded.shape[1] // _FOURS, _FOURS).transpose(1, 2).contiguous()
+    padded = integers
+    if rows % _PANEL or columns % _FOURS:
+        padded = F.pad(integers, (0, -columns % _FOURS, 0, -rows % _PANEL))
+    return padded.reshape(-1, _PANEL, padded.shape[1] // _FOURS, _FOURS).transpose(1, 2).contiguous()
 
 
 def unpack(packed: Tensor, rows: int, columns: int) -> Tensor:
