@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hf_quant import optimize, quantize_dynamic, quantize_static
 from hf_quant.evaluation.tasks import get_task, load_task_data
+from hf_quant.quantization.sensitivity import sqnr
 
 TASKS = ("mrpc", "sst2")
 BATCH = 32
@@ -57,10 +58,6 @@ def logits(model: Any, given: list[dict[str, Tensor]]) -> Tensor:
     return torch.cat([model(**batch).logits for batch in given])
 
 
-def decibels(got: Tensor, expected: Tensor) -> float:
-    return float(10 * torch.log10(expected.square().sum() / (got - expected).square().sum()))
-
-
 def measure(task: str, scheme: str) -> dict[str, Any]:
     from transformers import AutoModelForSequenceClassification
 
@@ -76,7 +73,7 @@ def measure(task: str, scheme: str) -> dict[str, Any]:
     rows: dict[str, Any] = {
         "predictions": len(before),
         "changed_by_int8": int((before.argmax(-1) != expected.argmax(-1)).sum()),
-        "db_of_int8": decibels(before, expected),
+        "db_of_int8": sqnr(expected, before),
     }
     # A prediction that hangs on less than int8's own error is a coin that any rounding may turn.
     for name, options in VARIANTS.items():
@@ -87,8 +84,8 @@ def measure(task: str, scheme: str) -> dict[str, Any]:
             "changed": int(turned.sum()),
             "largest_margin": float(margin.max()) if len(margin) else 0.0,
             "changed_from_float": int((after.argmax(-1) != expected.argmax(-1)).sum()),
-            "db_to_int8": decibels(after, before),
-            "db_to_float": decibels(after, expected),
+            "db_to_int8": sqnr(before, after),
+            "db_to_float": sqnr(expected, after),
         }
         torch._dynamo.reset()
         shown = "  ".join(f"{key} {value:.4g}" for key, value in rows[name].items())

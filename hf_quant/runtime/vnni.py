@@ -11,6 +11,7 @@ import itertools
 import logging
 import weakref
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -191,34 +192,13 @@ def _fake_norm(
     return first.new_empty(first.shape), rounded
 
 
-def _fake_product_norm(
-    input: Tensor,
-    number: int,
-    scale: float,
-    zero_point: int,
-    second: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    epsilon: float,
-    out_scale: float | None,
-    out_zero_point: int,
-) -> tuple[Tensor, Tensor]:
+def _fake_product_norm(input: Tensor, number: int, scale: float, zero_point: int, *beside: Any) -> Any:
     first = input.new_empty(*input.shape[:-1], _WEIGHTS[number].out_features, dtype=torch.float32)
-    return _fake_norm(first, second, weight, bias, epsilon, out_scale, out_zero_point)
+    return _fake_norm(first, *beside)
 
 
-def _fake_product_by_token_norm(
-    input: Tensor,
-    number: int,
-    symmetric: bool,
-    second: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    epsilon: float,
-    out_scale: float | None,
-    out_zero_point: int,
-) -> tuple[Tensor, Tensor]:
-    return _fake_product_norm(input, number, 1.0, 0, second, weight, bias, epsilon, out_scale, out_zero_point)
+def _fake_product_by_token_norm(input: Tensor, number: int, symmetric: bool, *beside: Any) -> Any:
+    return _fake_product_norm(input, number, 1.0, 0, *beside)
 
 
 _NORM = "Tensor? second, Tensor? weight, Tensor? bias, float epsilon, float? out_scale, int out_zero_point"

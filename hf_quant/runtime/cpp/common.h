@@ -1,7 +1,6 @@
 // What the kernels for CPUs with AVX-512 VNNI share. It and they are compiled as one text.
 
 #include <immintrin.h>
-#include <omp.h>
 
 #include <algorithm>
 #include <cmath>
