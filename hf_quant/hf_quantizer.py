@@ -13,7 +13,7 @@ from .layout import Stored, quantization_config, read_schemes
 from .runtime.base import QuantizedModule
 from .runtime.modules import Int8Embedding, Int8Linear
 from .runtime.packed import PackedLinear
-from .targets import replace_module
+from .targets import replace_modules
 
 METHOD = "hf_quant"
 
@@ -47,8 +47,9 @@ class HfQuantQuantizer(HfQuantizer):
         self.tied: dict[str, str] = {}
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        for name, stored in read_schemes(self.quantization_config.layout, model).items():
-            replace_module(model, name, _shell(model.get_submodule(name), stored))
+        schemes = read_schemes(self.quantization_config.layout, model)
+        shells = {name: _shell(model.get_submodule(name), stored) for name, stored in schemes.items()}
+        replace_modules(model, shells)
         # Tied weights are Parameters to transformers, which would look for them; int8 ones are tied afterwards.
         tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
         parameters = dict(model.named_parameters(remove_duplicate=False))

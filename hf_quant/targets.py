@@ -183,13 +183,12 @@ def is_transposed(module: nn.Module) -> bool:
     return hasattr(module, "nx") and hasattr(module, "nf")
 
 
-def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put `new` where the module `name` is, and wherever else the same module hangs in the model."""
-    old = model.get_submodule(name)
+def replace_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
+    """Put `new` where the modules of its names are, and wherever else the same modules hang in the model."""
+    by_old = {id(model.get_submodule(name)): module for name, module in new.items()}
     for parent in list(model.modules()):
         for child, module in parent._modules.items():
-            if module is old:
-                parent._modules[child] = new
+            parent._modules[child] = by_old.get(id(module), module)
 
 
 def require_finite(name: str, module: nn.Module) -> None:

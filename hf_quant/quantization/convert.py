@@ -14,7 +14,7 @@ from ..runtime.kernels import int_mm_is_exact, use_kernel
 from ..runtime.modules import Int8Embedding, Int8Linear
 from ..runtime.packed import PackedLinear
 from ..schemes import Scheme
-from ..targets import Kind, Selection, replace_module, require_finite
+from ..targets import Kind, Selection, replace_modules, require_finite
 from .qat import QATConv1D, QATEmbedding, QATLinear, QATState, qat_modules
 from .sensitivity import first_output, output_sqnr, sqnr, weight_sqnr
 
@@ -122,7 +122,7 @@ def convert_float(
         given = (integers or {}).get(name)
         new = convert_module(module, selection.scheme_of(name, scheme), (ranges or {}).get(name), given, search)
         _share(shared, module, new)
-        replace_module(model, name, new)
+        replace_modules(model, {name: new})
         if progress is not None:
             progress()
 
@@ -194,23 +194,20 @@ def convert_qat(
     unobserved = {name for name in originals if name not in result.quantized}
     expected: list[Tensor] = []
     try:
-        for name in unobserved:
-            replace_module(model, name, replacements[name])
+        replace_modules(model, {name: replacements[name] for name in unobserved})
         pairs = {name: (originals[name], replacements[name]) for name in result.quantized}
         # By the reference kernel: training may have multiplied integers already, which would prove nothing.
         with use_kernel("reference"), _LayerParity(pairs) as parity:
             expected = [first_output(model, batch) for batch in batches]
         result.layer_sqnr = parity.check()
-        for name in result.quantized:
-            replace_module(model, name, replacements[name])
+        replace_modules(model, {name: replacements[name] for name in result.quantized})
         # A kernel that packs no weights, for the same reason.
         device = next(iter(originals.values())).weight.device
         with use_kernel("int_mm" if int_mm_is_exact(device) else None):
             got = [first_output(model, batch) for batch in batches]
         result.logits_sqnr = _check_logits(expected, got, result.layer_sqnr)
     except BaseException:
-        for name, module in originals.items():
-            replace_module(model, name, module)
+        replace_modules(model, originals)
         state.observing, state.fake_quantizing = flags
         raise
     finally:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.base import QuantizedModule, quantized_modules
-from ..targets import replace_module
+from ..targets import replace_modules
 from .masks import batch_masks, tokens
 from .sensitivity import first_output, output_sqnr, weight_sqnr
 
@@ -56,11 +56,10 @@ class Layers:
 
     def put(self, in_float: Collection[int]) -> None:
         """Have these layers in float, and all others quantized."""
+        wanted: dict[str, nn.Module] = {}
         for index, names in enumerate(self.names):
-            for name in names:
-                wanted = self.floats[name] if index in in_float else self.quantized[name]
-                if self.model.get_submodule(name) is not wanted:
-                    replace_module(self.model, name, wanted)
+            wanted |= {name: self.floats[name] if index in in_float else self.quantized[name] for name in names}
+        replace_modules(self.model, wanted)
 
     def keep(self, in_float: Iterable[int]) -> None:
         """Have these layers in float for good, on tensors of their own."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..schemes import Scheme
-from ..targets import Selection, replace_module, require_finite
+from ..targets import Selection, replace_modules, require_finite
 from .fake_quantize import fake_quantize, fake_quantize_symmetric, fake_quantize_tokens, fake_quantize_weight
 from .int8_training import QuantizedInput, int8_linear, quantize_input, runs_in_int8, version_of
 from .masks import batch_masks, mask_for
@@ -174,9 +174,10 @@ def prepare(model: nn.Module, scheme: Scheme, selection: Selection) -> QATState:
     for name in selection.quantized:
         require_finite(name, model.get_submodule(name))
     state = QATState()
-    for name in selection.quantized:
-        own = selection.scheme_of(name, scheme)
-        replace_module(model, name, _qat_module(model.get_submodule(name), own, state))
+    modules = {name: model.get_submodule(name) for name in selection.quantized}
+    replace_modules(
+        model, {name: _qat_module(old, selection.scheme_of(name, scheme), state) for name, old in modules.items()}
+    )
     watcher = _InputWatcher(state, list(inspect.signature(model.forward).parameters))
     state.handle = model.register_forward_pre_hook(watcher, with_kwargs=True)
     return state

@@ -16,7 +16,7 @@ from transformers import (
     T5ForQuestionAnswering,
 )
 
-from hf_quant.targets import select_modules
+from hf_quant.targets import replace_modules, select_modules
 from tests.tiny import tiny_bert, tiny_gpt2, tiny_llama
 
 BERT_EMBEDDINGS = {f"bert.embeddings.{kind}_embeddings" for kind in ("word", "position", "token_type")}
@@ -203,3 +203,20 @@ def test_subclasses_and_odd_weights_are_left_with_the_reason() -> None:
         "attention": "MultiheadAttention holds its weight outside of a Linear, Conv1D or Embedding",
         "attention.out_proj": "NonDynamicallyQuantizableLinear is no plain Linear",
     }
+
+
+def test_modules_are_replaced_wherever_they_hang() -> None:
+    shared, alone, kept = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+    model = nn.ModuleDict({"a": nn.ModuleList([shared, alone]), "b": nn.ModuleDict({"c": shared, "d": kept})})
+    model.register_module("none", None)
+    first, second = nn.Identity(), nn.Identity()
+    replace_modules(model, {"b.c": first, "a.1": second})
+    assert model.get_submodule("a.0") is first
+    assert model.get_submodule("b.c") is first
+    assert model.get_submodule("a.1") is second
+    assert model.get_submodule("b.d") is kept
+    replace_modules(model, {})
+    assert model.get_submodule("a.0") is first
+    with pytest.raises(AttributeError, match="nothing"):
+        replace_modules(model, {"a.0": kept, "b.nothing": kept})
+    assert model.get_submodule("a.0") is first, "all or none"
