@@ -48,12 +48,16 @@ class PreparedLinear:
                     f"{name} has {tensor.numel()} values; a weight of {tuple(integers.shape)} needs one a row"
                 )
         self._rows = products.Rows(integers, weight_scale, bias)
-        self.row_sums = self._rows.sums.float() * self._rows.scale
         self._plain: Tensor | None = integers
         self._forms: dict[str, Any] = {}  # as [`products.prepare`] makes them
         self._choose = kernels
         self._names: dict[int, str] = {}
         self._by_token: vnni.Weight | None = None
+
+    @property
+    def row_sums(self) -> Tensor:
+        """Sums of the weight's rows times their scales: float32 (out_features,), made anew at each read."""
+        return self._rows.sums.float() * self._rows.scale
 
     @property
     def integers(self) -> Tensor:

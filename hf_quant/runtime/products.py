@@ -6,6 +6,8 @@ rounded to bfloat16, even where the sums are float32.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch import Tensor
 from . import kernels, vnni
 
 KERNELS = ("vnni", "onednn", "int_mm", "float32")
+_VALUES = 2**15  # of a weight, summed at a time
 DTYPES = (torch.float32, torch.bfloat16, torch.uint8)  # of results
 
 # What may follow a product: oneDNN's name of the operation and of its variant.
@@ -42,8 +45,14 @@ class Rows:
     def __init__(self, integers: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
         self.scale = weight_scale.detach().float().flatten().contiguous()
         self.bias = None if bias is None else bias.detach().float().contiguous()
-        self.sums = integers.sum(-1, dtype=torch.int32)
-        self.zeros = torch.zeros(integers.shape[0], dtype=torch.int64)
+        # Some rows at a time: torch turns all that it sums into int32 first, four times a weight.
+        parts = integers.split(max(1, _VALUES // integers.shape[1]))
+        self.sums = torch.cat([part.sum(-1, dtype=torch.int32) for part in parts])
+
+    @functools.cached_property
+    def zeros(self) -> Tensor:
+        """The zero points of the rows, which oneDNN wants: int64 (out,)."""
+        return torch.zeros(self.sums.numel(), dtype=torch.int64)
 
 
 def prepare(kernel: str, integers: Tensor, rows: Rows) -> Tensor | vnni.Weight:

@@ -5,10 +5,14 @@ oneDNN's int8 products are as fast for many tokens, but not for a few, and end w
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import itertools
 import logging
+import math
+import mmap
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,7 @@ from . import cpu
 logger = logging.getLogger(__name__)
 
 _PANEL, _FOURS, _LANES = 64, 4, 16  # outputs, inputs, and values of 32 bits in a register
+_MAPPED, _LARGE_PAGE = 2**20, 2**21  # bytes: of a weight in memory of its own, and of a large page
 _WIDEST = 512  # of an attention's head: from there on, what is left of 31 bits rounds more than bfloat16
 _SOURCES = ("common.h", "attention.cpp", "norm.cpp", "linear.cpp", "ops.cpp")
 # Numbers of what operations give, and of what they end in.
@@ -72,12 +77,39 @@ def pack(integers: Tensor) -> Tensor:
     padded = integers
     if rows % _PANEL or columns % _FOURS:
         padded = F.pad(integers, (0, -columns % _FOURS, 0, -rows % _PANEL))
-    return padded.reshape(-1, _PANEL, padded.shape[1] // _FOURS, _FOURS).transpose(1, 2).contiguous()
+    fours = padded.shape[1] // _FOURS
+    packed = _room(padded.shape[0] // _PANEL, fours, _PANEL, _FOURS)
+    return packed.copy_(padded.view(-1, _PANEL, fours, _FOURS).transpose(1, 2))
+
+
+def _room(*shape: int) -> Tensor:
+    """Room for a packed weight, int8, on a multiple of 64 bytes.
+
+    A large one is mapped by itself, with large pages where Linux has them. In the heap it would leave a hole in place
+    of each form that the weight had before.
+    """
+    size = math.prod(shape)
+    if size < _MAPPED or sys.platform != "linux":
+        return torch.empty(shape, dtype=torch.int8)
+    # What is not touched costs nothing.
+    pages = mmap.mmap(-1, size + _LARGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    room = torch.frombuffer(pages, dtype=torch.int8)  # which keeps the pages for as long as it lives
+    start = -room.data_ptr() % _LARGE_PAGE
+    if size >= _LARGE_PAGE:
+        with contextlib.suppress(OSError):  # a kernel without large pages
+            pages.madvise(mmap.MADV_HUGEPAGE, start, size // _LARGE_PAGE * _LARGE_PAGE)
+    return room[start : start + size].view(shape)
 
 
 def unpack(packed: Tensor, rows: int, columns: int) -> Tensor:
     """The int8 weight (out, in) of what [`pack`] made."""
     return packed.transpose(1, 2).reshape(-1, packed.shape[1] * _FOURS)[:rows, :columns].contiguous()
+
+
+def _filled(values: Tensor) -> Tensor:
+    """One value a row, for whole panels; the tensor itself where it is for such."""
+    missing = -values.numel() % _PANEL
+    return F.pad(values, (0, missing)) if missing else values.contiguous()
 
 
 class Weight:
@@ -94,9 +126,7 @@ class Weight:
     def __init__(self, packed: Tensor, scale: Tensor, sums: Tensor, bias: Tensor | None, in_features: int) -> None:
         self.packed, self.in_features, self.out_features = packed, in_features, scale.numel()
         bias = None if bias is None else bias.detach().float()
-        self._kept = [
-            None if each is None else F.pad(each, (0, -each.numel() % _PANEL)) for each in (scale, sums, bias)
-        ]
+        self._kept = [None if each is None else _filled(each) for each in (scale, sums, bias)]
         beside = [0 if each is None else each.data_ptr() for each in self._kept]
         self.number = next(_numbers)
         _WEIGHTS[self.number] = self
@@ -237,8 +267,8 @@ product = torch.ops.hf_quant.vnni_product.default
 product_by_token = torch.ops.hf_quant.vnni_product_by_token.default
 
 # softmax(s Q K^T + M) V of float32 (batch, heads, queries, width), (batch, heads or fewer, keys, width) and the same
-# with the outputs' width. The mask is float32 (..., keys) and broadcasts. With an `out_scale`, what comes out is
-# uint8, as from [`quantize_static`].
+# with the outputs' width. The mask broadcasts: float32 (..., keys), which is added, or bool, false for keys that are
+# hidden. With an `out_scale`, what comes out is uint8, as from [`quantize_static`].
 attention = torch.ops.hf_quant.vnni_attention.default
 
 # Layer normalization over the last dimension of one float32 tensor or the sum of two alike; and, with an `out_scale`,

@@ -134,8 +134,9 @@ def test_inputs_of_any_layout(kernel: str) -> None:
     assert torch.equal(column.product(quantized, 0.1, 3, torch.float32), got), "scales as the modules have them"
 
 
-def test_row_sums() -> None:
-    weight = _weight(24, 300)
+@pytest.mark.parametrize("sizes", [(24, 300), (300, 200), (3, 40000), (1, 1)], ids=str)
+def test_row_sums(sizes: tuple[int, int]) -> None:
+    weight = _weight(*sizes)
     expected = (weight.integers.double() * weight.scale.double()[:, None]).sum(-1)
     row_sums = weight.prepared("float32").row_sums
     assert row_sums.dtype == torch.float32
