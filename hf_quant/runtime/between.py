@@ -78,7 +78,8 @@ def _whole_attention(
     with graph.inserting_before(node):
         if mask is not None:
             if mask not in masks:
-                masks[mask] = graph.call_function(ops.additive_mask, (mask,))
+                as_it_is = attention is vnni.attention and mask.meta["example_value"].dtype == torch.bool
+                masks[mask] = graph.call_function(ops.bool_mask if as_it_is else ops.additive_mask, (mask,))
             mask = masks[mask]
         new = graph.call_function(attention, (query, given["key"], given["value"], mask, causal, scale))
     new.meta = dict(node.meta)

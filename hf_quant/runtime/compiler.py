@@ -73,10 +73,10 @@ class CompiledForward:
 
         Nothing is compiled before they are called.
         """
-        # Weights and settings of a model that is used and not trained do not change, so graphs need not ask. But where
-        # a graph breaks, the rest of a layer's forward is compiled by itself, once for all layers of its class: there
-        # only the guards tell one layer from another.
-        options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe} if whole else {}
+        # Weights and settings of a model that is used and not trained do not change, nor does the code that it calls,
+        # so graphs need not ask. But where a graph breaks, the rest of a layer's forward is compiled by itself, once
+        # for all layers of its class: there only the guards tell one layer from another.
+        options = {"guard_filter_fn": _of_the_call} if whole else {}
         return [
             torch.compile(  # type: ignore[call-overload]  # its overloads lack the last arguments
                 self._forward,
@@ -105,8 +105,8 @@ class CompiledForward:
             if self._device == "cuda" and _is_step(args, kwargs):
                 return self._step(args, kwargs)
             long = self._bfloat16 and not self._integers and _length(args, kwargs) > LONGEST_PRODUCTS
-            args, kwargs = torch.utils._pytree.tree_map_only(Tensor, _any_shape, (args, kwargs))
-            return self._run(long, args, kwargs)
+            given = {name: _prepared(value) for name, value in kwargs.items()}
+            return self._run(long, tuple(_prepared(value) for value in args), given)
 
     def _run(self, kind: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._in_parts:
@@ -173,6 +173,21 @@ class CompiledForward:
 
 def _alias(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor.detach()  # graphs tell the two apart
+
+
+def _of_the_call(guards: Any) -> list[bool]:
+    """Which of Dynamo's guards ask about a call rather than about the model or modules of Python."""
+    outside = torch.compiler.skip_guard_on_globals_unsafe(guards)
+    return [a and b for a, b in zip(outside, torch.compiler.skip_guard_on_all_nn_modules_unsafe(guards), strict=True)]
+
+
+def _prepared(value: Any) -> Any:
+    """An argument with its tensors of any shape; without a walk through a tree where there is none."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Tensor):
+        return _any_shape(value)
+    return torch.utils._pytree.tree_map_only(Tensor, _any_shape, value)
 
 
 def _any_shape(tensor: Tensor) -> Tensor:

@@ -207,8 +207,14 @@ def _fake_weight(scale: Tensor, layer: int) -> Tensor:
     return scale.new_empty(_LAYERS[layer].out_features, _LAYERS[layer].in_features)
 
 
+# Masks are operations of their own: inlined, one that is made of positions is made anew for each attention.
+
+
+def _bool_mask(mask: Tensor) -> Tensor:
+    return mask.clone(memory_format=torch.contiguous_format)
+
+
 def _additive_mask(mask: Tensor) -> Tensor:
-    # As an operation of its own: inlined, a mask that is made of positions is made anew for each score.
     if mask.dtype == torch.bool:
         return torch.zeros(mask.shape, device=mask.device).masked_fill_(mask.logical_not(), MASKED)
     return mask.to(torch.float32, copy=True).clamp_(min=MASKED).contiguous()
@@ -228,6 +234,10 @@ def _fake_product(
     return quantized.new_empty(*quantized.shape[:-1], _LAYERS[layer].out_features, dtype=dtype)
 
 
+def _fake_bool_mask(mask: Tensor) -> Tensor:
+    return torch.empty(mask.shape, dtype=torch.bool, device=mask.device)
+
+
 def _fake_additive_mask(mask: Tensor) -> Tensor:
     return torch.empty(mask.shape, dtype=torch.float32, device=mask.device)
 
@@ -242,6 +252,7 @@ for _signature, _run, _fake in (
         _fake_product,
     ),
     ("weight(Tensor scale, int layer) -> Tensor", _weight, _fake_weight),
+    ("bool_mask(Tensor mask) -> Tensor", _bool_mask, _fake_bool_mask),
     ("additive_mask(Tensor mask) -> Tensor", _additive_mask, _fake_additive_mask),
 ):
     _LIBRARY.define(_signature)
@@ -252,4 +263,5 @@ for _signature, _run, _fake in (
 linear = torch.ops.hf_quant.linear.default
 product = torch.ops.hf_quant.product.default
 weight = torch.ops.hf_quant.weight.default
+bool_mask = torch.ops.hf_quant.bool_mask.default
 additive_mask = torch.ops.hf_quant.additive_mask.default

@@ -75,6 +75,10 @@ def test_attention_by_integers(scheme: str, compile: bool) -> None:
     assert graph.norms == 5  # of the embeddings, and two a layer
     assert graph.ended == 4  # all but that of the embeddings take in a product
     assert graph.rounded == (2 if scheme == "static" else 0)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        flat(model, batch)
+    calls = {row.key: row.count for row in seen.key_averages()}
+    assert calls["hf_quant::vnni_attention"] == 2 * calls["hf_quant::bool_mask"], "one mask for all layers"
 
 
 def test_layers_all_in_bfloat16() -> None:

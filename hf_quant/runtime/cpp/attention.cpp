@@ -2,13 +2,14 @@
 //
 // vpdpwssd multiplies 32 pairs of 16-bit integers where a float32 FMA multiplies 16, on every CPU that has fast int8
 // products, and rounds less than bfloat16 does: queries and keys get as many bits as their sums leave in 32 bits (13
-// for a width of 64), probabilities 15, values 11, with one scale a head each. Everything of a head stays in the
-// nearest caches: nothing but the output is written to memory.
+// for a width of 64, with the sign), probabilities 13, values 14, with one scale a head each. Everything of a head stays
+// in the nearest caches: nothing but the output is written to memory.
 
 namespace {
 
-constexpr int CHUNK = 32;      // pairs of keys whose sum of P V fits into 32 bits: 64 * 32767 * 1023 < 2^31
-constexpr float P_MOST = 32767.0f, V_MOST = 1023.0f;
+constexpr int CHUNK = 16;                            // pairs of keys whose sum of P V fits into 32 bits:
+constexpr float P_MOST = 8191.0f, V_MOST = 8191.0f;  // 32 * 8191 * 8191 < 2^31
+constexpr float HIDDEN = -1e30f;  // score of a hidden key; where all are, all are alike
 
 struct Strides {
     int64_t batch, head, row;
@@ -16,11 +17,13 @@ struct Strides {
 
 struct Problem {
     const float *query, *key, *value, *mask;
+    const uint8_t *shown;  // instead of the mask: 0 for keys that are hidden
     void *output;
     int64_t batch, heads, kv_heads, queries, keys, width, value_width;
     int64_t causal, quantized, threads;
     Strides q, k, v, m, o;
-    float scale, out_scale, out_zero;
+    float scale;
+    Rounding rounding;
 };
 
 // The largest magnitude of rows, as bits of a float: those of infinity and NaN are the largest.
@@ -136,20 +139,24 @@ __attribute__((noinline)) void multiply(const int32_t *left, int64_t left_stride
 }
 
 // Scores of one query in place, from integers to floats with the mask, up to `limit`; returns the largest.
-float finish(float *scores, int64_t limit, float scale, const float *mask) {
+float finish(float *scores, int64_t limit, float scale, const float *mask, const uint8_t *shown) {
     const __m512 factor = _mm512_set1_ps(scale);
     __m512 most = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
     for (int64_t at = 0; at < limit; at += LANES) {
         const __mmask16 there = limit - at >= LANES ? 0xffff : (1u << (limit - at)) - 1;
         __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(scores + at)), factor);
         if (mask != nullptr) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(there, mask + at));
+        if (shown != nullptr) {
+            const __m128i bytes = _mm_maskz_loadu_epi8(there, shown + at);
+            value = _mm512_mask_mov_ps(_mm512_set1_ps(HIDDEN), _mm_test_epi8_mask(bytes, bytes), value);
+        }
         most = _mm512_mask_max_ps(most, there, most, value);
         _mm512_storeu_ps(scores + at, value);
     }
     return _mm512_reduce_max_ps(most);
 }
 
-// Powers of one row's scores as 15-bit integers; returns their sum.
+// Powers of one row's scores as integers up to P_MOST; returns their sum.
 float powers(const float *scores, float largest, int64_t limit, int64_t padded, int16_t *out) {
     const int64_t whole = limit / LANES * LANES;
     const __mmask16 tail = (1u << (limit - whole)) - 1;
@@ -193,10 +200,7 @@ void write(const float *values, int64_t width, float factor, const Problem &p, i
             _mm512_storeu_ps((float *)p.output + place + at, value);
             continue;
         }
-        value = _mm512_add_ps(_mm512_div_ps(value, _mm512_set1_ps(p.out_scale)), _mm512_set1_ps(p.out_zero));
-        const __m512i integers = _mm512_cvtps_epi32(
-            _mm512_min_ps(_mm512_max_ps(value, _mm512_setzero_ps()), _mm512_set1_ps(255.0f)));
-        _mm_storeu_si128((__m128i *)((uint8_t *)p.output + place + at), _mm512_cvtusepi32_epi8(integers));
+        _mm_storeu_si128((__m128i *)((uint8_t *)p.output + place + at), to_uint8(value, p.rounding));
     }
 }
 
@@ -244,10 +248,13 @@ void head(const Problem &p, int64_t batch, int64_t number, int64_t first, int64_
         }
         const int64_t count = std::min<int64_t>(ROWS, last - row);
         const float *masks[ROWS];
+        const uint8_t *shown[ROWS];
         float factors[ROWS];
         for (int r = 0; r < ROWS; r++) {
             const int64_t at = std::min(row + r, last - 1);
-            masks[r] = p.mask == nullptr ? nullptr : p.mask + batch * p.m.batch + number * p.m.head + at * p.m.row;
+            const int64_t place = batch * p.m.batch + number * p.m.head + at * p.m.row;
+            masks[r] = p.mask == nullptr ? nullptr : p.mask + place;
+            shown[r] = p.shown == nullptr ? nullptr : p.shown + place;
             factors[r] = std::numeric_limits<float>::quiet_NaN();
         }
         if (finite) {
@@ -259,7 +266,8 @@ void head(const Problem &p, int64_t batch, int64_t number, int64_t first, int64_
                 multiply<COLUMNS>((const int32_t *)queries, pairs, keys + at, padded, pairs, (int32_t *)scores + at, padded);
             const auto own = [&](int64_t r) { return p.causal ? std::min(p.keys, row + r + 1) : p.keys; };
             float most[ROWS];
-            for (int64_t r = 0; r < count; r++) most[r] = finish(scores + r * padded, own(r), scale, masks[r]);
+            for (int64_t r = 0; r < count; r++)
+                most[r] = finish(scores + r * padded, own(r), scale, masks[r], shown[r]);
             for (int64_t r = 0; r < count; r++)
                 factors[r] = value_step / powers(scores + r * padded, most[r], own(r), used, weights + r * padded);
             const int64_t chunk = up(limit, 2) / 2;

@@ -36,4 +36,26 @@ inline __m512 power(__m512 x, float factor) {
     return _mm512_scalef_ps(y, whole);
 }
 
+// What is rounded to uint8: `clamp(round(value / step + zero), 0, 255)`, as `quantize_static` does it.
+struct Rounding {
+    float step = 1.0f, inverse = 1.0f, zero = -128.0f;
+
+    Rounding() = default;
+    Rounding(double step, int64_t zero) : step((float)step), inverse(1.0f / (float)step), zero((float)(zero - 128)) {}
+};
+
+// The quotient is that of a division, which takes several times longer; with another one, values between two integers
+// would go to the other of them than in `quantize_static`. (P. Markstein, "Computation of elementary functions on the
+// IBM RISC System/6000 processor", 1990, theorem 8: a product with the reciprocal, and one correction.)
+inline __m128i to_uint8(__m512 value, const Rounding &by) {
+    const __m512 inverse = _mm512_set1_ps(by.inverse);
+    __m512 quotient = _mm512_mul_ps(value, inverse);
+    const __m512 rest = _mm512_fnmadd_ps(quotient, _mm512_set1_ps(by.step), value);
+    const __mmask16 endless = _mm512_fpclass_ps_mask(rest, 0x99);  // NaN or infinite, as a quotient that is too large is
+    quotient = _mm512_mask3_fmadd_ps(rest, inverse, quotient, _knot_mask16(endless));
+    const __m512 place = _mm512_min_ps(_mm512_add_ps(quotient, _mm512_set1_ps(by.zero)), _mm512_set1_ps(127.0f));
+    const __m512i shifted = _mm512_add_epi32(_mm512_cvtps_epi32(place), _mm512_set1_epi32(128));
+    return _mm512_cvtusepi32_epi8(_mm512_max_epi32(shifted, _mm512_setzero_si512()));
+}
+
 }  // namespace

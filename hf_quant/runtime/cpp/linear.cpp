@@ -32,7 +32,7 @@ enum Kind { FLOAT32, BFLOAT16, UINT8 };
 struct Output {
     void *values;
     int64_t kind, post;
-    float scale, zero;
+    Rounding rounding;
     int64_t first;  // row that lies at `values`
 };
 
@@ -73,26 +73,48 @@ inline __m512 gated(__m512 x, __m512 y) {
     return _mm512_div_ps(x, _mm512_add_ps(one, power(_mm512_sub_ps(_mm512_setzero_ps(), y), 1.0f)));
 }
 
-// x / 2 (1 + erf(x / sqrt 2)), with an absolute error below 3e-6 |x|: erf(z) / z as a fraction of polynomials of z^2.
+// The share of a standard normal distribution below -a, for a from 0 to 7.75, as 32 polynomials: that of each quarter,
+// in the distance to its middle. They go through the function at Chebyshev's nodes, so their error is below 2e-8.
+struct NormalTail {
+    static constexpr int PARTS = 2 * LANES, TERMS = 5;
+    static constexpr double WIDTH = 0.25;
+    alignas(64) float terms[TERMS][PARTS];
+
+    NormalTail() {
+        for (int part = 0; part < PARTS; part++) {
+            double nodes[TERMS], slopes[TERMS], sums[TERMS] = {};
+            for (int i = 0; i < TERMS; i++) {
+                nodes[i] = WIDTH / 2 * std::cos((2 * i + 1) * 3.14159265358979323846 / (2 * TERMS));
+                slopes[i] = std::erfc((part * WIDTH + nodes[i]) * 0.70710678118654752440) / 2;
+            }
+            for (int order = 1; order < TERMS; order++)  // Newton's divided differences
+                for (int i = TERMS - 1; i >= order; i--)
+                    slopes[i] = (slopes[i] - slopes[i - 1]) / (nodes[i] - nodes[i - order]);
+            for (int i = TERMS - 1; i >= 0; i--) {  // his form, multiplied out
+                for (int term = TERMS - 1; term > 0; term--) sums[term] = sums[term - 1] - nodes[i] * sums[term];
+                sums[0] = slopes[i] - nodes[i] * sums[0];
+            }
+            for (int term = 0; term < TERMS; term++) terms[term][part] = (float)sums[term];
+        }
+    }
+};
+
+const NormalTail normal_tail;
+
+// x / 2 (1 + erf(x / sqrt 2)) = max(x, 0) - |x| tail(|x|), with an absolute error below 1e-7 |x|.
 inline __m512 gelu(__m512 x) {
-    const __m512 most = _mm512_set1_ps(4.2f);
-    __m512 z = _mm512_mul_ps(x, _mm512_set1_ps(0.70710678118654752440f));
-    z = _mm512_max_ps(_mm512_min_ps(z, most), _mm512_sub_ps(_mm512_setzero_ps(), most));
-    const __m512 t = _mm512_mul_ps(z, z);
-    __m512 over = _mm512_set1_ps(0.00157923176f);
-    over = _mm512_fmadd_ps(over, t, _mm512_set1_ps(0.050391836f));
-    over = _mm512_fmadd_ps(over, t, _mm512_set1_ps(0.172585481f));
-    over = _mm512_fmadd_ps(over, t, _mm512_set1_ps(1.12841276f));
-    __m512 under = _mm512_set1_ps(7.67917087e-05f);
-    under = _mm512_fmadd_ps(under, t, _mm512_set1_ps(0.0127038903f));
-    under = _mm512_fmadd_ps(under, t, _mm512_set1_ps(0.106181039f));
-    under = _mm512_fmadd_ps(under, t, _mm512_set1_ps(0.486546572f));
-    under = _mm512_fmadd_ps(under, t, _mm512_set1_ps(1.0f));
-    __m512 inverse = _mm512_rcp14_ps(under);  // and one step of Newton's
-    inverse = _mm512_mul_ps(inverse, _mm512_fnmadd_ps(under, inverse, _mm512_set1_ps(2.0f)));
-    const __m512 erf = _mm512_mul_ps(_mm512_mul_ps(z, over), inverse);
-    const __m512 half = _mm512_mul_ps(x, _mm512_set1_ps(0.5f));
-    return _mm512_fmadd_ps(half, erf, half);
+    const __m512 shift = _mm512_set1_ps(3145728.0f);  // 1.5 2^21: where floats are WIDTH apart, so adding it rounds
+    const __m512 size = _mm512_min_ps(_mm512_abs_ps(x), _mm512_set1_ps(7.75f));
+    const __m512 moved = _mm512_add_ps(size, shift);
+    const __m512 rest = _mm512_sub_ps(size, _mm512_sub_ps(moved, shift));
+    const __m512i part = _mm512_castps_si512(moved);  // its last bits
+    const auto term = [&](int number) __attribute__((always_inline)) {
+        const float *terms = normal_tail.terms[number];
+        return _mm512_permutex2var_ps(_mm512_load_ps(terms), part, _mm512_load_ps(terms + LANES));
+    };
+    __m512 tail = term(NormalTail::TERMS - 1);
+    UNROLL for (int number = NormalTail::TERMS - 2; number >= 0; number--) tail = _mm512_fmadd_ps(tail, rest, term(number));
+    return _mm512_fnmadd_ps(size, tail, _mm512_max_ps(_mm512_setzero_ps(), x));  // in this order, NaN stays NaN
 }
 
 // x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))
@@ -121,9 +143,7 @@ inline void store(const Output &out, int64_t place, __mmask16 there, __m512 valu
         const __m512i high = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0));
         _mm256_mask_storeu_epi16((uint16_t *)out.values + place, there, _mm512_cvtepi32_epi16(high));
     } else {
-        value = _mm512_fmadd_ps(value, _mm512_set1_ps(out.scale), _mm512_set1_ps(out.zero));
-        value = _mm512_min_ps(_mm512_max_ps(value, _mm512_setzero_ps()), _mm512_set1_ps(255.0f));
-        _mm_mask_storeu_epi8((uint8_t *)out.values + place, there, _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(value)));
+        _mm_mask_storeu_epi8((uint8_t *)out.values + place, there, to_uint8(value, out.rounding));
     }
 }
 
@@ -183,7 +203,7 @@ void multiply_part(const Layer &layer, const Rows &rows, const Output &out, int6
 // Within a parallel region: parts are dealt out so that a thread's successive ones read the same rows.
 void multiply_parts(const Layer &layer, const Rows &rows, const Output &out) {
     const int64_t panels = up(layer.out, PANEL) / PANEL, chunks = up(rows.count, CHUNK_ROWS) / CHUNK_ROWS;
-    const int64_t each = up(up(rows.count, chunks) / chunks, ROWS);  // all alike, so that no thread waits for another
+    const int64_t each = up(rows.count, chunks) / chunks;  // all alike, so that no thread waits for another
 #pragma omp for schedule(static) nowait
     for (int64_t part = 0; part < chunks * panels; part++) {
         const int64_t first = part / panels * each;
@@ -210,15 +230,13 @@ void quantize_group(const float *from, int64_t count, int64_t width, bool symmet
     float place = 0;
     if (!symmetric && step > 0) place = std::nearbyint(std::min(127.0f, std::max(-128.0f, -128.0f - least / step)));
     if (step == 0) step = std::numeric_limits<float>::epsilon();
-    const __m512 inverse = _mm512_set1_ps(1.0f / step), zeros = _mm512_set1_ps(place + 128.0f);
+    const Rounding rounding(step, (int64_t)place + 128);
     // What is not finite makes all outputs of its rows NaN, as it does in float.
     const float kept = bad || !std::isfinite(step) ? std::numeric_limits<float>::quiet_NaN() : step;
     for (int64_t row = 0; row < count; row++, from += width, to += up(width, 4)) {
         for (int64_t at = 0; at < width; at += LANES) {
             const __mmask16 there = lanes(width - at);
-            __m512 value = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(there, from + at), inverse, zeros);
-            value = _mm512_min_ps(_mm512_max_ps(value, _mm512_setzero_ps()), _mm512_set1_ps(255.0f));
-            _mm_mask_storeu_epi8(to + at, there, _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(value)));
+            _mm_mask_storeu_epi8(to + at, there, to_uint8(_mm512_maskz_loadu_ps(there, from + at), rounding));
         }
         scale[row] = kept, zero[row] = (int32_t)place + 128;
     }
@@ -262,10 +280,11 @@ void multiply(const Layer &layer, const Rows &rows, const Output &out, int64_t t
 // A layer and the norm after it, which reads each chunk of rows while it is in the nearest caches.
 void multiply_and_normalize(const Layer &layer, const Rows &rows, Norm norm, int64_t threads) {
     const int64_t panels = up(layer.out, PANEL) / PANEL;
-    const int64_t each = std::min<int64_t>(CHUNK_ROWS, up(up(rows.count, threads) / threads, ROWS));
+    // As many chunks for each thread, all alike, so that none waits for another.
+    const int64_t chunks = up(up(rows.count, CHUNK_ROWS) / CHUNK_ROWS, threads), each = up(rows.count, chunks) / chunks;
     if (rows.count < 4 * ROWS * threads) {  // so few that threads had better share the weight than the rows
         const std::unique_ptr<float[]> sums(new float[rows.count * layer.out]);
-        multiply(layer, rows, {sums.get(), FLOAT32, NONE, 1.0f, 0.0f, 0}, threads);
+        multiply(layer, rows, {sums.get(), FLOAT32, NONE, Rounding(), 0}, threads);
         norm.first = sums.get();
         return normalize(norm, rows.count, threads);
     }
@@ -273,10 +292,10 @@ void multiply_and_normalize(const Layer &layer, const Rows &rows, Norm norm, int
     {
         const std::unique_ptr<float[]> sums(new float[each * layer.out]);
 #pragma omp for schedule(static) nowait
-        for (int64_t chunk = 0; chunk < up(rows.count, each) / each; chunk++) {
+        for (int64_t chunk = 0; chunk < chunks; chunk++) {
             const int64_t first = chunk * each, last = std::min(rows.count, first + each);
             for (int64_t panel = 0; panel < panels; panel++)
-                multiply_part(layer, rows, {sums.get(), FLOAT32, NONE, 1.0f, 0.0f, first}, first, last, panel);
+                multiply_part(layer, rows, {sums.get(), FLOAT32, NONE, Rounding(), first}, first, last, panel);
             Norm here = norm;
             here.first = sums.get(), here.first_row = first;
             for (int64_t row = first; row < last; row++) normalize_row(here, row);

@@ -10,8 +10,9 @@ struct Norm {
     float *out;
     uint8_t *rounded;  // may be missing
     int64_t width;
-    float epsilon, scale, zero;  // the scale is one over the step of what is rounded
-    int64_t first_row;           // that lies at `first`
+    float epsilon;
+    Rounding rounding;
+    int64_t first_row;  // that lies at `first`
 };
 
 void normalize_row(const Norm &norm, int64_t row) {
@@ -42,9 +43,7 @@ void normalize_row(const Norm &norm, int64_t row) {
         if (norm.bias != nullptr) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(there, norm.bias + at));
         _mm512_mask_storeu_ps(out + at, there, value);
         if (norm.rounded == nullptr) continue;
-        value = _mm512_fmadd_ps(value, _mm512_set1_ps(norm.scale), _mm512_set1_ps(norm.zero));
-        value = _mm512_min_ps(_mm512_max_ps(value, _mm512_setzero_ps()), _mm512_set1_ps(255.0f));
-        _mm_mask_storeu_epi8(norm.rounded + start + at, there, _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(value)));
+        _mm_mask_storeu_epi8(norm.rounded + start + at, there, to_uint8(value, norm.rounding));
     }
 }
 

@@ -71,7 +71,7 @@ Tensor product(Tensor quantized, int64_t number, double scale, int64_t zero, int
     quantized = whole(quantized);
     Tensor output = make_rows(quantized, layer.out, type_of(kind));
     if (output.numel() == 0) return output;
-    const Output out{output.data_ptr(), kind, post, (float)(1 / out_scale), (float)out_zero, 0};
+    const Output out{output.data_ptr(), kind, post, Rounding(out_scale, out_zero), 0};
     with_rows(layer, (const uint8_t *)quantized.data_ptr(), rows_of(quantized), (float)scale, (int32_t)zero,
               [&](const Rows &rows) { multiply(layer, rows, out, threads()); });
     return output;
@@ -82,7 +82,7 @@ Tensor product_by_token(Tensor input, int64_t number, bool symmetric, int64_t ki
     input = whole(input);
     Tensor output = make_rows(input, layer.out, type_of(kind));
     if (output.numel() == 0) return output;
-    const Output out{output.data_ptr(), kind, post, 1.0f, 0.0f, 0};
+    const Output out{output.data_ptr(), kind, post, Rounding(), 0};
     with_rows_by_token(layer, (const float *)input.data_ptr(), rows_of(input), group_of(input), symmetric, threads(),
                        [&](const Rows &rows) { multiply(layer, rows, out, threads()); });
     return output;
@@ -101,7 +101,8 @@ Tensor attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> m
     Problem p{};
     if (mask.has_value()) {
         mask = by_rows(*mask);
-        p.mask = (const float *)mask->data_ptr();
+        if (mask->scalar_type() == torch::headeronly::ScalarType::Bool) p.shown = (const uint8_t *)mask->data_ptr();
+        else p.mask = (const float *)mask->data_ptr();
         // Dimensions that are missing, at the front, or 1 are the same for all.
         const auto step = [&](int64_t from_end) {
             const int64_t dim = mask->dim() - from_end;
@@ -114,8 +115,7 @@ Tensor attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> m
     p.batch = batch, p.heads = heads, p.kv_heads = key.size(1), p.queries = queries, p.keys = key.size(2);
     p.width = query.size(3), p.value_width = width, p.causal = causal, p.quantized = out_scale.has_value();
     p.threads = threads(), p.q = strides_of(query), p.k = strides_of(key), p.v = strides_of(value);
-    p.o = strides_of(output), p.scale = (float)scale, p.out_zero = (float)out_zero;
-    p.out_scale = (float)out_scale.value_or(1.0);
+    p.o = strides_of(output), p.scale = (float)scale, p.rounding = Rounding(out_scale.value_or(1.0), out_zero);
     attend(p);
     return output;
 }
@@ -135,7 +135,7 @@ struct Normed {
             if (each->has_value()) *each = whole(**each);
         norm = {nullptr, floats(second), floats(weight), floats(bias), (float *)output.data_ptr(),
                 out_scale.has_value() ? (uint8_t *)rounded.data_ptr() : nullptr, width, (float)epsilon,
-                (float)(1 / out_scale.value_or(1.0)), (float)out_zero, 0};
+                Rounding(out_scale.value_or(1.0), out_zero), 0};
     }
 
     static const float *floats(const std::optional<Tensor> &each) {
