@@ -12,6 +12,8 @@ check() {
 check python -m ruff check .
 check python -m ruff format --check .
 check python -m mypy
+# A process for each core; `-n 0` among the arguments, which comes later and wins, runs all in one.
+set -- -n logical --maxprocesses 8 "$@"
 echo "== pytest $*"
 status=0
 python -m pytest "$@" || status=$?

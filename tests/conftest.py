@@ -6,7 +6,7 @@ import gc
 import os
 from collections.abc import Iterator
 
-# Before transformers is imported anywhere.
+# Before transformers or torch is imported anywhere.
 os.environ.update(
     HF_HUB_OFFLINE="1",
     HF_DATASETS_OFFLINE="1",
@@ -14,6 +14,7 @@ os.environ.update(
     TRANSFORMERS_VERBOSITY="error",
     TOKENIZERS_PARALLELISM="false",
     HF_QUANT_CACHE="off",  # kernels are measured anew; nothing is read from, or written to, the machine
+    TORCHINDUCTOR_COMPILE_THREADS="1",  # in the process itself, without helpers that each import torch first
 )
 
 import pytest

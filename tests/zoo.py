@@ -5,6 +5,7 @@ Nothing here imports hf_quant: a process that must not see it reloads the zoo's 
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -296,14 +297,23 @@ def enliven(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     return model
 
 
+@functools.cache
+def _autos() -> dict[str, Any]:
+    """The `AutoModel*` classes, each with the class names that it knows by model type; finding them takes a second."""
+    found = {}
+    for auto in sorted(name for name in dir(transformers) if name.startswith("AutoModel")):
+        mapping = getattr(getattr(transformers, auto), "_model_mapping", None)
+        # AutoModelForDecision makes a model of another architecture around the species.
+        if mapping and auto != "AutoModelForDecision":
+            found[auto] = mapping._model_mapping  # names, without importing models
+    return found
+
+
 def heads(species: str) -> Iterator[tuple[str, str]]:
     """Names of the `AutoModel*` classes that know the species, each with the class that it makes."""
     model_type = find_class(SPECIES[species].config).model_type
-    for auto in sorted(name for name in dir(transformers) if name.startswith("AutoModel")):
-        if auto == "AutoModelForDecision":
-            continue  # makes a model of another architecture around the species
-        mapping = getattr(getattr(transformers, auto), "_model_mapping", None)
-        made = mapping._model_mapping.get(model_type, ()) if mapping else ()  # names, without importing models
+    for auto, mapping in _autos().items():
+        made = mapping.get(model_type, ())
         for name in [made] if isinstance(made, str) else made:
             yield auto, name
 

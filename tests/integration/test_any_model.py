@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hf_quant import load_quantized, quantize_dynamic, quantize_static, save_quantized
 from hf_quant.quantization.sensitivity import sqnr
@@ -96,10 +97,10 @@ class Served:
     plain: dict[str, Any] = field(default_factory=dict)
 
 
-def _serve(folder: Path, scheme: str, species: str, head: str) -> Served:
-    model = build(species, head)
-    batch = batch_for(species, model)
-    served = Served(folder, outputs(model, batch))
+def _serve(
+    folder: Path, scheme: str, model: PreTrainedModel, batch: dict[str, Tensor], before: dict[str, Tensor]
+) -> Served:
+    served = Served(folder, before)
     try:
         if scheme.endswith("static"):
             int8 = quantize_static(model, [batch], scheme, progress=False)
@@ -125,7 +126,13 @@ def zoo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     calls = [item.callspec.params for item in items]
     cases = {(call["scheme"], call["species"], call["head"]): None for call in calls if "scheme" in call}
     autos = {(species, head): auto for species in SPECIES for auto, head in heads(species)}
-    found = {case: _serve(root / str(index), *case) for index, case in enumerate(cases)}
+    found: dict[Any, Served] = {}
+    for species, head in dict.fromkeys(case[1:] for case in cases):
+        model = build(species, head)
+        batch = batch_for(species, model)
+        before = outputs(model, batch)
+        for case in (case for case in cases if case[1:] == (species, head)):
+            found[case] = _serve(root / str(len(found)), case[0], model, batch, before)  # leaves the model as it is
     wanted = {
         "/".join(case): (served.folder.name, case[1], autos.get(case[1:], case[2]))
         for case, served in found.items()

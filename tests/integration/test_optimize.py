@@ -28,6 +28,11 @@ pytestmark = pytest.mark.usefixtures("one_kernel")
 SAME = 50.0  # dB; one value of these models rounded to the other side costs more than that
 
 
+def _bert() -> Any:
+    """One layer: Dynamo takes seconds for each, and nothing here hangs on their number."""
+    return tiny_bert(num_hidden_layers=1)
+
+
 def _optimize(model: Any, **kwargs: Any) -> Any:
     return optimize(model, **{"compile": False, "dtype": "float32", **kwargs})
 
@@ -41,14 +46,14 @@ def _forward(model: Any) -> CompiledForward:
 
 
 def test_it_returns_the_model_in_eval_mode() -> None:
-    model = int8_model(tiny_bert(), "int8_dynamic").train()
+    model = int8_model(_bert(), "int8_dynamic").train()
     assert _optimize(model) is model
     assert not model.training
 
 
 @pytest.mark.parametrize("convert", [str, Path])
 def test_it_loads_a_folder(tmp_path: Path, convert: Callable[[Path], Any]) -> None:
-    model = int8_model(tiny_bert(), "int8_static")
+    model = int8_model(_bert(), "int8_static")
     model.save_pretrained(tmp_path)
     assert sqnr(logits(model), logits(_optimize(convert(tmp_path)))) > SAME
 
@@ -68,13 +73,13 @@ IDS = torch.arange(12).view(2, 6) + 3
     ],
 )
 def test_examples_make_graphs(examples: Any, graphs: int) -> None:
-    model = _optimize(int8_model(tiny_bert(), "int8_dynamic"), example_inputs=examples)
+    model = _optimize(int8_model(_bert(), "int8_dynamic"), example_inputs=examples)
     assert len(_forward(model).graphs) == graphs
 
 
 @pytest.mark.parametrize("scheme", ["int8_weight_only", "int4_weight_only", "int4_dynamic"])
 def test_other_schemes(scheme: str) -> None:
-    model = int8_model(tiny_bert(), scheme)
+    model = int8_model(_bert(), scheme)
     expected = logits(model)
     if scheme == "int4_dynamic":  # no integer product for it
         with pytest.raises(ValueError, match="has no quantized Linear layer, so there is nothing to optimize"):
@@ -83,7 +88,7 @@ def test_other_schemes(scheme: str) -> None:
         return
     optimized = _optimize(copy.deepcopy(model))
     assert sqnr(expected, logits(optimized)) > SAME
-    assert [graph.merged for graph in _forward(optimized).graphs] == [2]
+    assert [graph.merged for graph in _forward(optimized).graphs] == [1]
     for name, module in quantized_modules(model).items():
         if isinstance(module, (Int8Linear, PackedLinear)):
             other = optimized.get_submodule(name)
@@ -94,7 +99,7 @@ def test_other_schemes(scheme: str) -> None:
 # What it refuses.
 
 
-@pytest.mark.parametrize("make", [tiny_bert, lambda: nn.Sequential(Int8Embedding.from_float(torch.randn(8, 4)))])
+@pytest.mark.parametrize("make", [_bert, lambda: nn.Sequential(Int8Embedding.from_float(torch.randn(8, 4)))])
 def test_nothing_to_optimize(make: Callable[[], nn.Module]) -> None:
     model = make()
     message = (
@@ -107,20 +112,20 @@ def test_nothing_to_optimize(make: Callable[[], nn.Module]) -> None:
 
 
 def test_an_unknown_dtype() -> None:
-    model = int8_model(tiny_bert(), "int8_dynamic")
+    model = int8_model(_bert(), "int8_dynamic")
     with pytest.raises(ValueError, match="dtype='float16' is unknown: choose one of auto, float32, bfloat16"):
         optimize(model, dtype="float16")  # type: ignore[arg-type]
     assert all(module.optimized is None for module in model.modules() if isinstance(module, Int8Linear))
 
 
 def test_twice() -> None:
-    model = _optimize(int8_model(tiny_bert(), "int8_dynamic"))
+    model = _optimize(int8_model(_bert(), "int8_dynamic"))
     with pytest.raises(ValueError, match=r"is optimized already\. Load it again for other settings"):
         _optimize(model)
 
 
 def test_training() -> None:
-    model = _optimize(int8_model(tiny_bert(), "int8_dynamic")).train()
+    model = _optimize(int8_model(_bert(), "int8_dynamic")).train()
     with pytest.raises(RuntimeError, match=r"an optimized model is for inference: call model\.eval\(\)"):
         model(IDS)
     assert model.eval()(IDS).logits.shape == (2, 2)
@@ -129,13 +134,13 @@ def test_training() -> None:
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
 @pytest.mark.parametrize("used", [False, True])
 def test_copies(copied: Callable[[Any], Any], used: bool) -> None:
-    model = _optimize(int8_model(tiny_bert(), "int8_static"), example_inputs=IDS if used else None)
+    model = _optimize(int8_model(_bert(), "int8_static"), example_inputs=IDS if used else None)
     with pytest.raises(TypeError, match="an optimized model can be neither copied nor pickled"):
         copied(model)
 
 
 def test_what_a_caller_does_wrong_is_said_and_changes_nothing() -> None:
-    model = int8_model(tiny_bert(), "int8_dynamic")
+    model = int8_model(_bert(), "int8_dynamic")
     expected = logits(model)
     model = _optimize(model)
     with pytest.raises(ValueError, match="You must specify exactly one of input_ids or inputs_embeds"):
@@ -152,7 +157,7 @@ def test_what_a_caller_does_wrong_is_said_and_changes_nothing() -> None:
 @pytest.mark.parametrize("scheme", ["int8_static", "int8_dynamic", "int8_weight_only", "int4_weight_only"])
 @pytest.mark.parametrize("dtype", ["float32", "auto"])
 def test_saving(scheme: str, dtype: str, tmp_path: Path) -> None:
-    model = int8_model(tiny_bert(), scheme)
+    model = int8_model(_bert(), scheme)
     model.save_pretrained(tmp_path / "before")
     state = {name: value.clone() for name, value in model.state_dict().items()}
     model = _optimize(model, dtype=dtype, example_inputs=IDS)
@@ -166,7 +171,7 @@ def test_saving(scheme: str, dtype: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scheme", ["int8_static", "int8_dynamic"])
 def test_weights_are_held_once(scheme: str) -> None:
-    plain = int8_model(tiny_bert(), scheme)
+    plain = int8_model(_bert(), scheme)
     model = _optimize(copy.deepcopy(plain), example_inputs=IDS)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, Int8Linear)}
     assert all(module._buffers["weight"] is None and module._packed is None for module in linears.values())
@@ -201,7 +206,7 @@ def test_nothing_global_changes() -> None:
     import torch._inductor.config  # so that it is there before
 
     before = now()
-    model = _optimize(int8_model(tiny_bert(), "int8_static"), example_inputs=[IDS, IDS[:1]], dtype="auto")
+    model = _optimize(int8_model(_bert(), "int8_static"), example_inputs=[IDS, IDS[:1]], dtype="auto")
     model(IDS)
     assert now() == before
 
@@ -304,7 +309,7 @@ def test_dynamic_layers_with_and_without_bias(scheme: str, shape: tuple[int, ...
 
 def test_a_graph_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_quant.runtime.compiler._GRAPHS", 2)
-    model = int8_model(tiny_bert(), "int8_dynamic")
+    model = int8_model(_bert(), "int8_dynamic")
     calls = [{"output_attentions": attentions, "output_hidden_states": hidden, "return_dict": as_dict}
              for attentions in (False, True) for hidden in (False, True) for as_dict in (True, False)]  # fmt: skip
     batch = Sentences(4).batch(4)
@@ -317,6 +322,6 @@ def test_a_graph_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_reloaded_copy_can_be_optimized_anew(tmp_path: Path) -> None:
-    model = _optimize(int8_model(tiny_bert(), "int8_static"))
+    model = _optimize(int8_model(_bert(), "int8_static"))
     model.save_pretrained(tmp_path)
     assert sqnr(logits(model), logits(_optimize(load_quantized(tmp_path)))) > SAME

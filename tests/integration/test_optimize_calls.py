@@ -27,6 +27,11 @@ CLOSE = 28.0  # dB, in bfloat16
 SHAPES = [(2, 5), (3, 9), (1, 7), (8, 12), (1, 32), (2, 32), (5, 3), (1, 2)]
 
 
+def _bert(**config: Any) -> Any:
+    """One layer: Dynamo takes seconds for each, and nothing here hangs on their number."""
+    return tiny_bert(num_hidden_layers=1, **config)
+
+
 def _pair(model: Any, **kwargs: Any) -> tuple[Any, Any]:
     """A quantized model, and an optimized copy of it."""
     return model, optimize(copy.deepcopy(model), **{"compile": False, "dtype": "float32", **kwargs})
@@ -50,7 +55,7 @@ def _assert_same(expected: Any, got: Any, bound: float = SAME, **batch: Any) -> 
 
 @pytest.mark.parametrize("scheme", ["int8_static", "int8_dynamic"])
 def test_one_graph_for_batches_and_one_for_single_rows(scheme: str) -> None:
-    plain, fast = _pair(int8_model(tiny_bert(), scheme))
+    plain, fast = _pair(int8_model(_bert(), scheme))
     for rows, length in SHAPES:
         _assert_same(plain, fast, **_batch(rows, length))
     assert _graphs(fast) == 2
@@ -58,7 +63,7 @@ def test_one_graph_for_batches_and_one_for_single_rows(scheme: str) -> None:
 
 @pytest.mark.parametrize("scheme", ["int8_static", "int8_dynamic"])
 def test_padded_batches_run_in_groups(scheme: str) -> None:
-    plain, fast = _pair(int8_model(tiny_bert(max_position_embeddings=128), scheme))
+    plain, fast = _pair(int8_model(_bert(max_position_embeddings=128), scheme))
     # A pooler's dynamic range is that of all rows that run together.
     lengths = torch.tensor([100, 4, 3, 90, 5, 4, 6, 3])
     for seed in range(3):  # the first one runs whole as well, and is compared
@@ -72,7 +77,7 @@ def test_padded_batches_run_in_groups(scheme: str) -> None:
 
 
 def test_modes_of_the_caller_share_a_graph() -> None:
-    plain, fast = _pair(int8_model(tiny_bert(), "int8_static"))
+    plain, fast = _pair(int8_model(_bert(), "int8_static"))
     batch = _batch(2, 6)
     with torch.no_grad():
         expected = plain(**batch).logits
@@ -98,7 +103,7 @@ def test_modes_of_the_caller_share_a_graph() -> None:
 
 
 def test_threads() -> None:
-    plain, fast = _pair(int8_model(tiny_bert(), "int8_dynamic"))
+    plain, fast = _pair(int8_model(_bert(), "int8_dynamic"))
     batches = [_batch(rows, length, seed) for seed in range(4) for rows, length in SHAPES]
     with torch.no_grad():
         expected = [plain(**batch).logits for batch in batches]
@@ -113,7 +118,7 @@ def test_pipelines() -> None:
     texts = ["w3 w4 w5 w9", "w80", "w7 w7 w7 w7 w7 w7 w7", "w11 w12", "w60 w4 w60"]
     plain, fast = (
         pipeline("text-classification", model=model, tokenizer=tokenizer, device="cpu", batch_size=3, top_k=None)
-        for model in _pair(int8_model(tiny_bert(), "int8_static"))
+        for model in _pair(int8_model(_bert(), "int8_static"))
     )
     for one, other in zip(plain(texts), fast(texts), strict=True):
         assert [found["label"] for found in one] == [found["label"] for found in other]
@@ -121,7 +126,7 @@ def test_pipelines() -> None:
 
 
 def test_other_outputs() -> None:
-    plain, fast = _pair(int8_model(tiny_bert(attn_implementation="eager"), "int8_static"))
+    plain, fast = _pair(int8_model(_bert(attn_implementation="eager"), "int8_static"))
     batch = _batch(3, 7)
     with torch.no_grad():
         for flags in ({"output_hidden_states": True, "output_attentions": True}, {"return_dict": False}):
@@ -182,7 +187,7 @@ def test_a_cache_of_the_callers_own() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "auto"])
 def test_compiled(scheme: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_quant.runtime.cpu.native_bfloat16", lambda: "bf16")
-    plain, fast = _pair(int8_model(tiny_bert(), scheme), compile=True, dtype=dtype)
+    plain, fast = _pair(int8_model(_bert(), scheme), compile=True, dtype=dtype)
     for rows, length in SHAPES:
         batch = _batch(rows, length)
         with torch.no_grad():
@@ -200,7 +205,7 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogC
     monkeypatch.setattr(vnni, "available", lambda: False)  # as it is where the first call finds no compiler
     cpu.compiler_available.cache_clear()
     try:
-        plain, fast = _pair(int8_model(tiny_bert(), "int8_static"), compile=True)
+        plain, fast = _pair(int8_model(_bert(), "int8_static"), compile=True)
         _assert_same(plain, fast, **_batch(2, 5))
     finally:
         cpu.compiler_available.cache_clear()
@@ -226,7 +231,7 @@ PROCESS = textwrap.dedent(
 
 @pytest.mark.slow
 def test_a_new_process_finds_the_compiled_kernels(tmp_path: Path) -> None:
-    model = int8_model(tiny_bert(), "int8_static")
+    model = int8_model(_bert(), "int8_static")
     model.save_pretrained(tmp_path / "model")
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     printed, logits = [], []

@@ -56,7 +56,7 @@ def test_greedy_tokens_are_those_of_the_model_before(scheme: str, cache: str | N
 
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_more_tokens_need_no_more_graphs(cache: str | None) -> None:
-    model = optimize(int8_model(tiny_llama(), "int8_dynamic"), compile=False, dtype="float32")
+    model = optimize(int8_model(tiny_llama(num_hidden_layers=1), "int8_dynamic"), compile=False, dtype="float32")
     generate(model, prompts(1), cache, new=4)
     made = len(graphs(model))
     assert made <= 3, "for the prompt and for what follows; a cache that grows needs one more"
@@ -84,7 +84,8 @@ def test_layers_of_weights_alone_are_merged_exactly(scheme: str) -> None:
 
 
 def large_head() -> Any:
-    return int8_model(tiny_llama(hidden_size=64, vocab_size=half.LEAST_WEIGHTS // 64), "int8_dynamic")
+    sizes = {"num_hidden_layers": 1, "hidden_size": 64, "vocab_size": half.LEAST_WEIGHTS // 64}
+    return int8_model(tiny_llama(**sizes), "int8_dynamic")
 
 
 @pytest.mark.skipif(not half.available(), reason="torch has no float16 product here")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_quant import optimize, quantize_dynamic, quantize_static
 from hf_quant.quantization.sensitivity import sqnr
+from tests.tiny import tiny_bert
 from tests.zoo import batch_for, build, outputs
 
 pytestmark = pytest.mark.usefixtures("one_kernel")
@@ -123,7 +124,7 @@ def test_a_forward_that_depends_on_values() -> None:
 
 
 def test_models_of_one_class_do_not_share_graphs() -> None:
-    models = [quantize_dynamic(build("bert", seed=seed), progress=False) for seed in (0, 1)]
+    models = [quantize_dynamic(tiny_bert(seed, num_hidden_layers=1), progress=False) for seed in (0, 1)]
     batch = batch_for("bert", models[0])
     expected = [flat(model, batch) for model in models]
     optimized = [optimize(copy.deepcopy(model), compile=False, dtype="float32") for model in models]

@@ -135,7 +135,7 @@ def test_fake_quant_is_int8_bit_for_bit(tmp_path: Path) -> None:
     for maker, causal in ((tiny_bert, False), (tiny_llama, True), (tiny_gpt2, True)):
         for scheme in SCHEMES:
             callback = QATCallback(scheme, convert=False)
-            trainer = make_trainer(tmp_path, maker(), [callback], causal=causal)
+            trainer = make_trainer(tmp_path, maker(), [callback], causal=causal, changes={"max_steps": 4})
             trainer.train()
             with use_kernel("reference"):
                 expected = logits(trainer.model)
