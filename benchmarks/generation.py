@@ -5,7 +5,9 @@
 
 A prompt of 32 tokens of WikiText, 64 new tokens, batches of 1 and 8. Each peer is a process of its own that is stopped
 while others have their turn. What Inductor compiles stays in build/generation/compiled: compiling takes minutes a peer
-at the first run, so let `--quick` come first. Results go to benchmarks/results/generation.json.
+at the first run, so let `--quick` come first. llama.cpp takes part where it is installed (`pip install
+llama-cpp-python`, which compiles for minutes); its 4-bit file is what SmolLM2's float weights here were made of.
+Results go to benchmarks/results/generation.json.
 """
 
 from __future__ import annotations
@@ -25,6 +27,9 @@ from typing import Any
 
 import torch
 from common import machine, summarize, write
+from real_models import SMOLLM2, WIKITEXT
+
+from hf_quant.runtime.cpu import native_bfloat16
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PROMPT, NEW, BATCHES, BASE = 32, 64, (1, 8), "float32"
@@ -45,8 +50,9 @@ PEERS: dict[str, tuple[str, str, bool, str | None]] = {
     "int8_dynamic-eager": ("int8_dynamic", "auto", False, "static"),
     "int8_weight_only-eager": ("int8_weight_only", "auto", False, "static"),
     "int4_weight_only-bfloat16-eager": ("int4_weight_only", "bfloat16", False, "static"),
+    "llama.cpp-q8_0": ("llama.cpp", "q8_0", True, None),
+    "llama.cpp-q4_1": ("llama.cpp", "q4_1", True, None),
 }
-NOT_RUN = {"llama.cpp": "llama-cpp-python 0.3.36 is a source archive without a wheel; it was not built"}
 
 
 # --- a peer, in its process ------------------------------------------------------------------------------------------
@@ -57,6 +63,12 @@ def make(name: str, folder: Path, new: int) -> Callable[[int], tuple[float, list
     from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig
 
     way, dtype, compiled, cache = PEERS[name]
+    ids = prompts(AutoTokenizer.from_pretrained(folder))
+    if way == "llama.cpp":
+        from peers import llama_cpp
+
+        generate = llama_cpp.generator(dtype, torch.get_num_threads(), new)
+        return lambda batch: timed(lambda: generate(ids[:batch].tolist()))
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new}
     options["cache_implementation"] = cache
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -77,22 +89,25 @@ def make(name: str, folder: Path, new: int) -> Callable[[int], tuple[float, list
         model = hf_quant.quantize_dynamic(model, way, progress=False)
         if dtype != "before":
             model = hf_quant.optimize(model, compile=compiled, dtype=dtype)
-    ids = prompts(AutoTokenizer.from_pretrained(folder))
 
-    def run(batch: int) -> tuple[float, list[list[int]]]:
-        start = time.perf_counter()
-        found = model.generate(ids[:batch], attention_mask=torch.ones_like(ids[:batch]), **options)
-        return time.perf_counter() - start, found[:, PROMPT:].tolist()
+    def generate(batch: int) -> list[list[int]]:
+        given = ids[:batch]
+        return model.generate(given, attention_mask=torch.ones_like(given), **options)[:, PROMPT:].tolist()
 
-    return run
+    return lambda batch: timed(lambda: generate(batch))
+
+
+def timed(call: Callable[[], list[list[int]]]) -> tuple[float, list[list[int]]]:
+    start = time.perf_counter()
+    found = call()
+    return time.perf_counter() - start, found
 
 
 def prompts(tokenizer: Any) -> torch.Tensor:
     """The first tokens of the longest paragraphs of WikiText's test set, (8, 32)."""
     from datasets import load_dataset
 
-    file = REPOSITORY / "build" / "wikitext2" / "test.parquet"
-    texts = load_dataset("parquet", data_files=str(file), split="train")["text"]
+    texts = load_dataset("parquet", data_files=str(WIKITEXT), split="train")["text"]
     texts = sorted(texts, key=len, reverse=True)[: max(BATCHES)]
     return torch.tensor([tokenizer(text.strip()).input_ids[:PROMPT] for text in texts])
 
@@ -179,14 +194,17 @@ def measure(peers: dict[str, Peer], batch: int, seconds: float, rounds: tuple[in
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=REPOSITORY / "build" / "smollm2", help="a folder with a decoder")
-    parser.add_argument("--peers", default=",".join(PEERS), help="%(default)s")
+    parser.add_argument("--model", type=Path, default=SMOLLM2, help="a folder with a decoder")
+    parser.add_argument("--peers", help="by default all; without those in bfloat16 where a CPU does not multiply it")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=60, help="about how long a batch size may take")
     parser.add_argument("--quick", action="store_true", help="8 tokens, two rounds, nothing is written")
     parser.add_argument("--new", type=int, default=NEW, help=argparse.SUPPRESS)
     parser.add_argument("--serve", choices=PEERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.peers is None:
+        some = [name for name in PEERS if "bfloat16" not in name or native_bfloat16() is not None]
+        options.peers = ",".join(some)
     if unknown := set(options.peers.split(",")) - set(PEERS):
         parser.error(f"unknown peer {sorted(unknown)[0]!r}; choose from {', '.join(PEERS)}")
     options.new = 8 if options.quick else options.new
@@ -200,7 +218,8 @@ def main() -> None:
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that stopped processes do not stay
     peers: dict[str, Peer] = {}
-    failed, first = dict(NOT_RUN), {}
+    failed: dict[str, str] = {}
+    first: dict[str, float] = {}
     try:
         for name in options.peers.split(","):
             start = time.perf_counter()
