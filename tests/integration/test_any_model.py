@@ -101,6 +101,7 @@ def _serve(
     folder: Path, scheme: str, model: PreTrainedModel, batch: dict[str, Tensor], before: dict[str, Tensor]
 ) -> Served:
     served = Served(folder, before)
+    batch = {name: value.clone() for name, value in batch.items()}  # BLIP's generate writes into it
     try:
         if scheme.endswith("static"):
             int8 = quantize_static(model, [batch], scheme, progress=False)
