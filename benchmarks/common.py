@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import time
@@ -13,7 +14,9 @@ from typing import Any
 import torch
 import transformers
 
-RESULTS = Path(__file__).parent / "results"
+# Those of another machine than the one that the README speaks of go to a folder of their own:
+# RESULTS=benchmarks/results/zen5 python benchmarks/inference.py
+RESULTS = Path(os.environ.get("RESULTS") or Path(__file__).parent / "results")
 
 
 def machine() -> dict[str, Any]:
@@ -25,6 +28,8 @@ def machine() -> dict[str, Any]:
             (part.strip() for part in line.split(":", 1)) for line in info.read_text().splitlines() if ":" in line
         )
         cpu = fields.get("model name", cpu)
+        if "cpu family" in fields:  # virtual machines' names may not tell one generation from another
+            cpu += f", family {fields['cpu family']} model {fields['model']}"
         wanted = ("avx2", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm")
         flags = [flag for flag in wanted if flag in fields.get("flags", "").split()]
     return {
@@ -76,7 +81,7 @@ def show(title: str, rows: dict[str, dict[str, float]]) -> None:
 
 
 def write(name: str, results: dict[str, Any]) -> None:
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({"machine": machine(), **results}, indent=1) + "\n", encoding="utf-8")
     print(f"\nWritten to {path}")

@@ -5,12 +5,15 @@
 
 Reads the models and batches that `inference.py` made. Shares are PyTorch's profiler's, which makes calls dearer than
 they are; what is left of a call that is timed without it is what lies between operations: Python, allocation, threads.
+The instructions' own time is the least in which this machine could multiply the integers of all layers, if nothing
+waited for memory or did anything else: by how fast `vpdpbusd` is on registers, measured here (AVX-512 VNNI only).
 Results go to benchmarks/results/profile_<shape>.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import statistics
 import time
 from typing import Any
@@ -20,6 +23,8 @@ from common import write
 from peers.cases import REPOSITORY, read
 from torch.profiler import ProfilerActivity, profile
 
+from hf_quant.runtime.cpu import features
+
 CASES = ("batch1", "batch8", "batch32", "mrpc")
 KINDS = {
     "products": ("hf_quant::vnni_product", "hf_quant::product", "onednn::qlinear_pointwise", "aten::_int_mm"),
@@ -27,6 +32,56 @@ KINDS = {
     "norms": ("hf_quant::vnni_norm",),
     "compiled by Inductor": ("## Call CompiledFxGraph",),
 }
+# 24 sums, so that none waits for itself. A function of its own: else gcc keeps them in memory. The asm hides from it
+# that all sums are alike, and factors do not change.
+INSTRUCTIONS = r"""
+#include <immintrin.h>
+#include <cstdint>
+#define UNROLL _Pragma("GCC unroll 24")
+static __attribute__((noinline)) int multiply_alone(int64_t rounds) {
+    __m512i sums[24], left = _mm512_set1_epi8(1), right = left;
+    UNROLL for (int i = 0; i < 24; i++) asm volatile("vpxord %0, %0, %0" : "=v"(sums[i]));
+    for (int64_t round = 0; round < rounds; round++) {
+        asm volatile("" : "+v"(left), "+v"(right));
+        UNROLL for (int i = 0; i < 24; i++) sums[i] = _mm512_dpbusd_epi32(sums[i], left, right);
+    }
+    UNROLL for (int i = 1; i < 24; i++) sums[0] = _mm512_add_epi32(sums[0], sums[i]);
+    return _mm512_reduce_add_epi32(sums[0]);
+}
+extern "C" int multiply(int64_t threads, int64_t rounds) {
+    int found = 0;
+#pragma omp parallel num_threads((int)threads) reduction(+ : found)
+    found += multiply_alone(rounds);
+    return found;
+}
+"""
+ROUNDS = 2_000_000
+
+
+def instructions_per_second(threads: int) -> float | None:
+    """How many 512-bit `vpdpbusd`, of 64 products each, all threads do together; `None` where there is none."""
+    from torch._inductor.codecache import CppCodeCache
+
+    if not features()["avx512_vnni"]:
+        return None
+    multiply = CppCodeCache.load(INSTRUCTIONS).multiply
+    multiply.argtypes = [ctypes.c_int64, ctypes.c_int64]
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        multiply(threads, ROUNDS)
+        times.append(time.perf_counter() - start)
+    return 24 * ROUNDS * threads / min(times)
+
+
+def instructions(model: Any, tokens: int) -> float:
+    """How many of them the products of an encoder's int8 layers take, for a number of tokens without padding."""
+    from hf_quant.runtime.base import quantized_modules
+    from hf_quant.runtime.modules import Int8Linear
+
+    found = quantized_modules(model).items()
+    layers = [module for name, module in found if isinstance(module, Int8Linear) and ".encoder." in name]
+    return sum(tokens * layer.in_features * layer.out_features / 64 for layer in layers)
 
 
 def kind(name: str) -> str:
@@ -68,12 +123,17 @@ def main() -> None:
             batch = {
                 name: torch.from_numpy(array) for name, array in read(folder / "cases" / f"{case}.npz")[0].items()
             }
+            rate = instructions_per_second(options.threads)  # beside each case: the clock's frequency varies
             rows[f"{scheme}, {case}"] = row = measure(model, batch, options.seconds)
+            if rate is not None:
+                row["instructions_ms"] = instructions(model, int(batch["attention_mask"].sum())) / rate * 1e3
             whole = sum(row["profiled_ms"].values())
             shares = ", ".join(
                 f"{name} {value:.2f} ms ({value / whole:.0%})" for name, value in row["profiled_ms"].items()
             )
-            print(f"{scheme}, {case}: {row['median_ms']:.2f} ms a call; profiled: {shares}", flush=True)
+            own = row.get("instructions_ms")
+            least = "" if own is None else f", {row['median_ms'] / own:.2f} x its instructions' own {own:.2f} ms"
+            print(f"{scheme}, {case}: {row['median_ms']:.2f} ms a call{least}; profiled: {shares}", flush=True)
     write(f"profile_{options.shape}", {"rows": rows})
 
 

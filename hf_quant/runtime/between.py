@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from . import ops, vnni
+from . import ops, vnni_ops
 
 # What may stand between a score's product, its softmax and the product with the values.
 _BETWEEN = (
@@ -78,7 +78,7 @@ def _whole_attention(
     with graph.inserting_before(node):
         if mask is not None:
             if mask not in masks:
-                as_it_is = attention is vnni.attention and mask.meta["example_value"].dtype == torch.bool
+                as_it_is = attention is vnni_ops.attention and mask.meta["example_value"].dtype == torch.bool
                 masks[mask] = graph.call_function(ops.bool_mask if as_it_is else ops.additive_mask, (mask,))
             mask = masks[mask]
         new = graph.call_function(attention, (query, given["key"], given["value"], mask, causal, scale))
@@ -99,7 +99,7 @@ def round_attention(graph: fx.Graph) -> int:
         while isinstance(source, fx.Node) and len(source.users) == 1 and name_of(source) in _VIEWS:
             views.append(source)
             source = source.args[0]
-        if not isinstance(source, fx.Node) or source.target is not vnni.attention or len(source.users) != 1:
+        if not isinstance(source, fx.Node) or source.target is not vnni_ops.attention or len(source.users) != 1:
             continue
         source.args = (*source.args[:6], scale, zero_point)
         node.replace_all_uses_with(node.args[0])
@@ -163,7 +163,7 @@ def fuse_norms(graph: fx.Graph) -> int:
         scale, zero_point = args_of(rounding[0])[1:] if rounding else (None, 0)
         with graph.inserting_before(node):
             beside = (given.get("weight"), given.get("bias"), given.get("eps", 1e-5))
-            pair = graph.call_function(vnni.norm, (first, second, *beside, scale, zero_point))
+            pair = graph.call_function(vnni_ops.norm, (first, second, *beside, scale, zero_point))
             normed, rounded = (graph.call_function(operator.getitem, (pair, index)) for index in range(2))
         normed.meta = dict(node.meta)
         for user in rounding:
@@ -198,26 +198,58 @@ def _summands(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
 def end_products_in_norms(graph: fx.Graph) -> int:
     """A layer and the norm of its output, or of the sum with what went around it, as one; returns how many."""
     count = 0
-    plain = (vnni.KINDS[torch.float32], vnni.POSTS["none"])
+    plain = (vnni_ops.KINDS[torch.float32], vnni_ops.POSTS["none"])
     for node in list(graph.nodes):
-        if node.op != "call_function" or node.target is not vnni.norm:
+        if node.op != "call_function" or node.target is not vnni_ops.norm:
             continue
         first, second, *rest = args_of(node)
         for part, other in ((first, second), (second, first)):
             if not isinstance(part, fx.Node) or len(part.users) > 1:
                 continue
             arguments = args_of(part)
-            if part.target is vnni.product and arguments[4:6] == plain:
-                target, kept = vnni.product_norm, arguments[:4]
-            elif part.target is vnni.product_by_token and arguments[3:] == (
-                vnni.KINDS[torch.float32],
-                vnni.POSTS["none"],
+            if part.target is vnni_ops.product and arguments[4:6] == plain:
+                target, kept = vnni_ops.product_norm, arguments[:4]
+            elif part.target is vnni_ops.product_by_token and arguments[3:] == (
+                vnni_ops.KINDS[torch.float32],
+                vnni_ops.POSTS["none"],
             ):
-                target, kept = vnni.product_by_token_norm, arguments[:3]
+                target, kept = vnni_ops.product_by_token_norm, arguments[:3]
             else:
                 continue
             node.target, node.args = target, (*kept, other, *rest)
             graph.erase_node(part)
             count += 1
             break
+    return count
+
+
+def join_feed_forward(graph: fx.Graph) -> int:
+    """A layer with its activation function and the layer that reads nothing else, as one; returns how many.
+
+    The second layer has to end in a norm.
+    """
+    count = 0
+    for node in list(graph.nodes):
+        if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
+            continue
+        first = node.args[0]
+        if len(first.users) > 1 or first.op != "call_function":
+            continue
+        before, after = args_of(first), args_of(node)
+        if node.target is vnni_ops.product_norm and first.target is vnni_ops.product:
+            kind, post, *rounding = before[4:]
+            if kind != vnni_ops.KINDS[torch.uint8] or tuple(rounding) != after[2:4]:
+                continue
+            node.target = vnni_ops.feed_forward
+            node.args = (*before[:4], post, *rounding, after[1], *after[4:])
+        elif node.target is vnni_ops.product_by_token_norm and first.target is vnni_ops.product_by_token:
+            kind, post = before[3:]
+            if kind != vnni_ops.KINDS[torch.float32] or before[2] != after[2]:
+                continue
+            node.target = vnni_ops.feed_forward_by_token
+            node.args = (*before[:3], post, after[1], *after[3:])
+        else:
+            continue
+        graph.erase_node(first)
+        count += 1
     return count

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
-from . import attention, cpu, cuda, vnni
+from . import attention, cpu, cuda, vnni, vnni_ops
 from .between import Attention
 from .ops import Layer
 from .rewrite import Rewritten, merged_layer, rewrite
@@ -137,7 +137,7 @@ class CompiledForward:
         bfloat16 = self._bfloat16 and not long
         attentions: list[Attention] = []
         if self._integers:
-            attentions.append((vnni.attends, vnni.attention))
+            attentions.append((vnni.attends, vnni_ops.attention))
         if bfloat16:
             attentions.append((attention.fits, attention.attention if self._compile else attention.plain_attention))
         with self._lock:

@@ -9,7 +9,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from . import cpu
+from . import cpu, vnni
 from .base import quantized_modules
 from .compiler import CompiledForward
 from .half import halve
@@ -19,6 +19,7 @@ from .packed import PackedLinear
 from .unpadded import UnpaddedForward
 
 Precision = Literal["auto", "float32", "bfloat16"]
+_OVERHEAD = 256  # tokens of padding that are left out as soon as another forward is begun
 _LARGEST_ADAPTED = 31 * 2**20  # bytes; from 32 MiB on glibc does not adapt
 
 
@@ -119,7 +120,11 @@ def optimize(
         bfloat16 = dtype == "bfloat16" or (dtype == "auto" and cpu.native_bfloat16() is not None)
         _settle_allocator()
         forward = CompiledForward(model, layers, compile, bfloat16, integers=dtype == "auto")
-        model.forward = UnpaddedForward(forward, getattr(model, "config", None))
+        config = getattr(model, "config", None)
+        if vnni.available():
+            model.forward = UnpaddedForward(forward, config, _OVERHEAD, skipping=vnni.skipping_padding)
+        else:
+            model.forward = UnpaddedForward(forward, config)
     for inputs in _examples(example_inputs):
         if isinstance(inputs, Mapping):
             model(**inputs)

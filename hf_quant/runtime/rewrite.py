@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from . import ops, vnni
+from . import ops, vnni, vnni_ops
 from .between import (
     Attention,
     args_of,
     end_products_in_norms,
     fuse_norms,
+    join_feed_forward,
     name_of,
     replace_attention,
     round_attention,
@@ -44,6 +45,7 @@ class Rewritten:
         rounded (`int`): attentions that end in the next layer's rounding.
         norms (`int`): layer normalizations by the package's own kernel, with the sum before and the rounding after.
         ended (`int`): of these, the ones that a layer ends in.
+        joined (`int`): of these layers, the ones that are one with the layer before them.
     """
 
     layers: int = 0
@@ -53,6 +55,7 @@ class Rewritten:
     rounded: int = 0
     norms: int = 0
     ended: int = 0
+    joined: int = 0
 
 
 def rewrite(
@@ -86,6 +89,7 @@ def rewrite(
         found.norms = fuse_norms(graph)
         _call_directly(graph)
         found.ended = end_products_in_norms(graph)
+        found.joined = join_feed_forward(graph)
     # No other node: a method that changes its tensor, such as a static cache's, has no users either.
     graph.eliminate_dead_code(lambda node: node.target is not operator.getitem)
     graph.lint()
@@ -176,8 +180,8 @@ def _expand(graph: fx.Graph, node: fx.Node) -> None:
         whole = here.whole() if here.scheme.activations == "dynamic" else None
         if whole is not None:
             wide = graph.call_method("float", (input,)) if dtype != torch.float32 else input
-            kind = vnni.KINDS[dtype if dtype == torch.bfloat16 else torch.float32]
-            new = graph.call_function(vnni.product_by_token, (wide, whole.number, here.scheme.symmetric, kind, 0))
+            kind = vnni_ops.KINDS[dtype if dtype == torch.bfloat16 else torch.float32]
+            new = graph.call_function(vnni_ops.product_by_token, (wide, whole.number, here.scheme.symmetric, kind, 0))
             if dtype not in (torch.float32, torch.bfloat16):
                 new = graph.call_function(torch.Tensor.to, (new, dtype))
         elif here.scheme.activations == "static":
@@ -212,7 +216,7 @@ def _product(
 def _fuse(graph: fx.Graph, found: Rewritten) -> None:
     """An activation function as the end of a layer; between two static ones with the second one's rounding."""
     for node in list(graph.nodes):
-        if _post(node) is not None and args_of(node)[0].target is vnni.product_by_token:
+        if _post(node) is not None and args_of(node)[0].target is vnni_ops.product_by_token:
             found.fused += _end_by_token(graph, node)
             continue
         if node.op != "call_function" or node.target is not ops.quantize_static:
@@ -248,9 +252,9 @@ def _post(node: fx.Node) -> str | None:
 
 def _end_by_token(graph: fx.Graph, node: fx.Node) -> bool:
     layer, post = args_of(node)[0], _post(node)
-    if len(layer.users) > 1 or layer.args[-1] != vnni.POSTS["none"] or post is None:
+    if len(layer.users) > 1 or layer.args[-1] != vnni_ops.POSTS["none"] or post is None:
         return False
-    layer.args = (*layer.args[:-1], vnni.POSTS[post])
+    layer.args = (*layer.args[:-1], vnni_ops.POSTS[post])
     node.replace_all_uses_with(layer)
     graph.erase_node(node)
     return True
@@ -265,9 +269,9 @@ def _call_directly(graph: fx.Graph) -> None:
         whole = ops.layer(number).whole()
         if whole is None:
             continue
-        end = (vnni.KINDS[dtype], vnni.POSTS[post], out_scale, out_zero_point)
+        end = (vnni_ops.KINDS[dtype], vnni_ops.POSTS[post], out_scale, out_zero_point)
         with graph.inserting_before(node):
-            new = graph.call_function(vnni.product, (quantized, whole.number, scale, zero_point, *end))
+            new = graph.call_function(vnni_ops.product, (quantized, whole.number, scale, zero_point, *end))
         node.replace_all_uses_with(new)
         graph.erase_node(node)
 

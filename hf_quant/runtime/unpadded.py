@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -23,6 +24,10 @@ logger = logging.getLogger(__name__)
 _PER_TOKEN = frozenset(
     ("attention_mask", "bbox", "input_ids", "inputs_embeds", "position_ids", "task_type_ids", "token_type_ids")
 )
+Skipping = Callable[[Sequence[int], int], contextlib.AbstractContextManager[None]]
+# Of a batch whose padding is left out but not cut: halves of fewer, from which its outputs are learned, would be
+# batches of one, for which a compiled forward has a graph of their own.
+_LEAST_ROWS = 4
 # Marks in the shape of an output for what differs from batch to batch.
 _ROWS, _LENGTH = -1, -2
 # Of an output's root mean square. Roundings of int8 and bfloat16 were seen to change a token of a 24-layer model by up
@@ -43,6 +48,8 @@ class UnpaddedForward:
     without a 2-D `attention_mask` of ones and then zeros (or zeros and then ones), and with arguments other than flags
     and tensors of one entry for each token (labels, caches, images, a decoder's inputs).
 
+    Where the forward can leave padding out by itself (`skipping`), groups are fewer, and hold rows of several lengths.
+
     Batches of more than `most` tokens are split too, with or without padding: what lies between two layers then stays
     in the CPU's caches.
 
@@ -53,18 +60,27 @@ class UnpaddedForward:
         config (`PreTrainedConfig`): of the model.
         overhead (`int`, *optional*, defaults to 64): what one more forward costs, in tokens, at least 0.
         most (`int`, *optional*, defaults to 2048): tokens that a forward of several rows may have, at least 1.
+        skipping (callable, *optional*): of the lengths of rows and the length of their batch, gives a context in which
+            the forward computes none of the padding at the end of rows, and attends to none.
 
     Raises:
         `ValueError`: if `overhead` is negative, or `most` is less than 1.
     """
 
-    def __init__(self, forward: Callable[..., Any], config: Any, overhead: int = 64, most: int = 2048) -> None:
+    def __init__(
+        self,
+        forward: Callable[..., Any],
+        config: Any,
+        overhead: int = 64,
+        most: int = 2048,
+        skipping: Skipping | None = None,
+    ) -> None:
         split_batch([], overhead, most)  # checks them
         # Not the attributes: a compiled forward's would make Dynamo take this object for that one.
         functools.update_wrapper(self, forward, updated=())
         self.__signature__ = inspect.signature(forward)
         self._forward = forward
-        self._overhead, self._most = overhead, most
+        self._overhead, self._most, self._skipping = overhead, most, skipping
         kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         self._names = [name for name, value in self.__signature__.parameters.items() if value.kind in kinds]
         self._relative, self._splits = _has_rotary_positions(config), _may_be_split(config, self.__signature__)
@@ -80,7 +96,8 @@ class UnpaddedForward:
         if padding is None or (padding.left and not self._relative and given.get("position_ids") is None):
             return self._forward(*args, **kwargs)
         groups = split_batch(padding.lengths, self._overhead, self._most)
-        if len(groups) == 1 and padding.longest(groups[0]) == padding.total:
+        nothing_to_cut = len(groups) == 1 and padding.longest(groups[0]) == padding.total
+        if nothing_to_cut and (len(groups[0]) < _LEAST_ROWS or not self._may_skip(padding, groups[0])):
             return self._forward(*args, **kwargs)
 
         flags = {name: "given" if isinstance(value, Tensor) else value for name, value in given.items()}
@@ -100,7 +117,21 @@ class UnpaddedForward:
     ) -> Iterator[Any]:
         for rows in groups:
             cut = functools.partial(padding.cut, rows=rows)
-            yield self._forward(*map(cut, args), **{name: cut(value) for name, value in kwargs.items()})
+            given, named = list(map(cut, args)), {name: cut(value) for name, value in kwargs.items()}
+            with self._leaving_out(padding, rows):
+                output = self._forward(*given, **named)
+            yield output
+
+    def _may_skip(self, padding: _Padding, rows: list[int]) -> bool:
+        """Whether the forward can leave out padding of a group, and there is some."""
+        lengths = [padding.lengths[row] for row in rows]
+        # With as many rows as tokens, a model that swaps the two dimensions would leave out others.
+        return self._skipping is not None and not padding.left and min(lengths) < max(lengths) != len(rows)
+
+    def _leaving_out(self, padding: _Padding, rows: list[int]) -> contextlib.AbstractContextManager[None]:
+        if self._skipping is None or not self._may_skip(padding, rows):
+            return contextlib.nullcontext()
+        return self._skipping([padding.lengths[row] for row in rows], padding.longest(rows))
 
     def _learn(
         self, key: Any, padding: _Padding, groups: list[list[int]], args: tuple[Any, ...], kwargs: Mapping[str, Any]

@@ -14,28 +14,24 @@ import math
 import mmap
 import sys
 import weakref
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import cpu
+from .vnni_ops import KINDS, POSTS, WEIGHTS, attention, norm, product, product_by_token
 
 logger = logging.getLogger(__name__)
 
 _PANEL, _FOURS, _LANES = 64, 4, 16  # outputs, inputs, and values of 32 bits in a register
 _MAPPED, _LARGE_PAGE = 2**20, 2**21  # bytes: of a weight in memory of its own, and of a large page
 _WIDEST = 512  # of an attention's head: from there on, what is left of 31 bits rounds more than bfloat16
-_SOURCES = ("common.h", "attention.cpp", "norm.cpp", "linear.cpp", "ops.cpp")
-# Numbers of what operations give, and of what they end in.
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
-_DTYPES = {kind: dtype for dtype, kind in KINDS.items()}
-POSTS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3}
+_SOURCES = ("common.h", "attention.cpp", "norm.cpp", "linear.cpp", "encoder.cpp", "ops.cpp")
 
 _numbers = itertools.count()
-_WEIGHTS: weakref.WeakValueDictionary[int, Weight] = weakref.WeakValueDictionary()
 
 
 @functools.cache
@@ -67,7 +63,9 @@ def _library() -> ctypes.CDLL:
     library = CppCodeCache.load("\n".join((folder / name).read_text(encoding="utf-8") for name in _SOURCES))
     library.hf_quant_register.argtypes = [ctypes.c_int64, ctypes.c_void_p]
     library.hf_quant_forget.argtypes = [ctypes.c_int64]
-    library.hf_quant_register.restype = library.hf_quant_forget.restype = None
+    library.hf_quant_keep.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
+    for function in (library.hf_quant_register, library.hf_quant_forget, library.hf_quant_keep):
+        function.restype = None
     return library
 
 
@@ -129,7 +127,7 @@ class Weight:
         self._kept = [None if each is None else _filled(each) for each in (scale, sums, bias)]
         beside = [0 if each is None else each.data_ptr() for each in self._kept]
         self.number = next(_numbers)
-        _WEIGHTS[self.number] = self
+        WEIGHTS[self.number] = self
         numbers = (ctypes.c_int64 * 6)(packed.data_ptr(), *beside, in_features, self.out_features)
         _library().hf_quant_register(self.number, numbers)
         weakref.finalize(self, _library().hf_quant_forget, self.number)
@@ -169,6 +167,25 @@ class Weight:
         return product_by_token(input, self.number, symmetric, KINDS[dtype], POSTS[post])
 
 
+@contextlib.contextmanager
+def skipping_padding(lengths: Sequence[int], length: int) -> Iterator[None]:
+    """In here, operations called by this thread leave out the padding of one batch.
+
+    Of inputs of (sentences, length, width), and in attention of (sentences, heads, length, width), only the first
+    tokens of each sentence are computed and attended to. Where there is padding, float outputs are 0, and uint8 ones
+    anything.
+
+    Args:
+        lengths (sequence of `int`): tokens of each sentence, from 1 to `length`.
+        length (`int`): of the batch.
+    """
+    _library().hf_quant_keep(len(lengths), length, (ctypes.c_int64 * len(lengths))(*lengths))
+    try:
+        yield
+    finally:
+        _library().hf_quant_keep(0, 0, None)
+
+
 def attends(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether [`attention`] takes these, and is made for them.
 
@@ -180,104 +197,6 @@ def attends(query: Tensor, key: Tensor, value: Tensor) -> bool:
         and all(isinstance(width, int) and width % _LANES == 0 and 0 < width <= _WIDEST for width in widths)
         and not (isinstance(query.shape[2], int) and query.shape[2] == 1)
     )
-
-
-# --- operations ------------------------------------------------------------------------------------------------------
-
-
-def _fake_product(quantized: Tensor, number: int, scale: float, zero: int, kind: int, *_: object) -> Tensor:
-    return quantized.new_empty(*quantized.shape[:-1], _WEIGHTS[number].out_features, dtype=_DTYPES[kind])
-
-
-def _fake_product_by_token(input: Tensor, number: int, symmetric: bool, kind: int, post: int) -> Tensor:
-    return input.new_empty(*input.shape[:-1], _WEIGHTS[number].out_features, dtype=_DTYPES[kind])
-
-
-def _fake_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    scale: float,
-    out_scale: float | None = None,
-    out_zero_point: int = 0,
-) -> Tensor:
-    batch, heads, queries, _ = query.shape
-    dtype = torch.float32 if out_scale is None else torch.uint8
-    # Heads side by side, as the next layer wants them.
-    return query.new_empty(batch, queries, heads, value.shape[-1], dtype=dtype).transpose(1, 2)
-
-
-def _fake_norm(
-    first: Tensor,
-    second: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    epsilon: float,
-    out_scale: float | None,
-    out_zero_point: int,
-) -> tuple[Tensor, Tensor]:
-    rounded = first.new_empty(0 if out_scale is None else first.shape, dtype=torch.uint8)
-    return first.new_empty(first.shape), rounded
-
-
-def _fake_product_norm(input: Tensor, number: int, scale: float, zero_point: int, *beside: Any) -> Any:
-    first = input.new_empty(*input.shape[:-1], _WEIGHTS[number].out_features, dtype=torch.float32)
-    return _fake_norm(first, *beside)
-
-
-def _fake_product_by_token_norm(input: Tensor, number: int, symmetric: bool, *beside: Any) -> Any:
-    return _fake_product_norm(input, number, 1.0, 0, *beside)
-
-
-_NORM = "Tensor? second, Tensor? weight, Tensor? bias, float epsilon, float? out_scale, int out_zero_point"
-
-# What they do is in cpp/ops.cpp, which [`available`] loads.
-_LIBRARY = torch.library.Library("hf_quant", "FRAGMENT")
-for _signature, _fake in (
-    (
-        "vnni_product(Tensor quantized, int number, float scale, int zero_point, int kind, int post, "
-        "float out_scale, int out_zero_point) -> Tensor",
-        _fake_product,
-    ),
-    (
-        "vnni_product_by_token(Tensor input, int number, bool symmetric, int kind, int post) -> Tensor",
-        _fake_product_by_token,
-    ),
-    (
-        "vnni_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool causal, float scale, "
-        "float? out_scale=None, int out_zero_point=0) -> Tensor",
-        _fake_attention,
-    ),
-    (f"vnni_norm(Tensor first, {_NORM}) -> (Tensor, Tensor)", _fake_norm),
-    (
-        f"vnni_product_norm(Tensor quantized, int number, float scale, int zero_point, {_NORM}) -> (Tensor, Tensor)",
-        _fake_product_norm,
-    ),
-    (
-        f"vnni_product_by_token_norm(Tensor input, int number, bool symmetric, {_NORM}) -> (Tensor, Tensor)",
-        _fake_product_by_token_norm,
-    ),
-):
-    _LIBRARY.define(_signature)
-    torch.library.register_fake(f"hf_quant::{_signature.partition('(')[0]}", _fake, lib=_LIBRARY)
-
-product = torch.ops.hf_quant.vnni_product.default
-product_by_token = torch.ops.hf_quant.vnni_product_by_token.default
-
-# softmax(s Q K^T + M) V of float32 (batch, heads, queries, width), (batch, heads or fewer, keys, width) and the same
-# with the outputs' width. The mask broadcasts: float32 (..., keys), which is added, or bool, false for keys that are
-# hidden. With an `out_scale`, what comes out is uint8, as from [`quantize_static`].
-attention = torch.ops.hf_quant.vnni_attention.default
-
-# Layer normalization over the last dimension of one float32 tensor or the sum of two alike; and, with an `out_scale`,
-# the same as uint8, as from [`quantize_static`].
-norm = torch.ops.hf_quant.vnni_norm.default
-
-# A product without activation function, in float32, and the norm of it alone or of the sum with a second tensor.
-product_norm = torch.ops.hf_quant.vnni_product_norm.default
-product_by_token_norm = torch.ops.hf_quant.vnni_product_by_token_norm.default
 
 
 # --- whether they are right ------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_quant.qparams import dequantize, quantize, token_qparams
-from hf_quant.runtime import cpu, ops, products, vnni
+from hf_quant.runtime import cpu, ops, products, vnni, vnni_ops
 
 needs_vnni = pytest.mark.skipif(not vnni.available(), reason="this CPU has no AVX-512 VNNI, or has AMX too")
 
@@ -69,7 +69,7 @@ def test_attention(sizes: tuple[int, ...], causal: bool, threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        got = vnni.attention(query, key, value, None, causal, scale)
+        got = vnni_ops.attention(query, key, value, None, causal, scale)
     finally:
         torch.set_num_threads(before)
     assert got.transpose(1, 2).is_contiguous(), "heads lie side by side"
@@ -83,10 +83,10 @@ def test_attention(sizes: tuple[int, ...], causal: bool, threads: int) -> None:
 def test_masks(shape: tuple[int, ...]) -> None:
     query, key, value = factors(3, 2, 2, 41, 41, 32, 32)
     mask = torch.randn(shape).masked_fill_(torch.rand(shape) < 0.3, -1e30)
-    got = vnni.attention(query, key, value, mask, False, 0.2)
+    got = vnni_ops.attention(query, key, value, mask, False, 0.2)
     assert decibels(got, expected_attention(query, key, value, mask.double(), False, 0.2)) > 60
     shown = torch.rand(shape) < 0.7
-    got = vnni.attention(query, key, value, shown, False, 0.2)
+    got = vnni_ops.attention(query, key, value, shown, False, 0.2)
     mask = torch.zeros(shape, dtype=torch.double).masked_fill_(~shown, -1e30)
     assert decibels(got, expected_attention(query, key, value, mask, False, 0.2)) > 60
 
@@ -95,15 +95,15 @@ def test_masks(shape: tuple[int, ...]) -> None:
 def test_a_row_without_a_key_is_the_mean() -> None:
     query, key, value = factors(1, 1, 1, 4, 10, 16, 16)
     for mask in (torch.full((1, 1, 1, 10), -1e30), torch.zeros(1, 1, 1, 10, dtype=torch.bool)):
-        got = vnni.attention(query, key, value, mask, False, 0.25)
+        got = vnni_ops.attention(query, key, value, mask, False, 0.25)
         torch.testing.assert_close(got, value.mean(2, keepdim=True).expand(-1, -1, 4, -1), rtol=0, atol=2e-2)
 
 
 @needs_vnni
 def test_rounded_attention() -> None:
     query, key, value = factors(2, 3, 3, 50, 50, 32, 32)
-    plain = vnni.attention(query, key, value, None, False, 0.2)
-    got = vnni.attention(query, key, value, None, False, 0.2, 0.013, 117)
+    plain = vnni_ops.attention(query, key, value, None, False, 0.2)
+    got = vnni_ops.attention(query, key, value, None, False, 0.2, 0.013, 117)
     assert torch.equal(got, ops.quantize_static(plain, 0.013, 117))
 
 
@@ -113,7 +113,7 @@ def test_rounded_attention() -> None:
 def test_what_is_not_finite_stays_visible(where: int, value: float) -> None:
     parts = factors(2, 2, 2, 9, 9, 16, 16)
     parts[where][1, 0, 3, 5] = value
-    got = vnni.attention(*parts, None, False, 0.25)
+    got = vnni_ops.attention(*parts, None, False, 0.25)
     assert got[1, 0].isnan().all()
     assert got[0].isfinite().all()
     assert got[1, 1].isfinite().all()
@@ -122,14 +122,14 @@ def test_what_is_not_finite_stays_visible(where: int, value: float) -> None:
 @needs_vnni
 def test_zeros() -> None:
     query, key, value = (torch.zeros(1, 1, 8, 16) for _ in range(3))
-    assert torch.equal(vnni.attention(query, key, value, None, False, 1.0), torch.zeros(1, 1, 8, 16))
+    assert torch.equal(vnni_ops.attention(query, key, value, None, False, 1.0), torch.zeros(1, 1, 8, 16))
 
 
 @needs_vnni
 @pytest.mark.parametrize("sizes", [(0, 2, 2, 5, 5, 16, 16), (2, 2, 2, 0, 5, 16, 16)], ids=str)
 def test_nothing_to_attend(sizes: tuple[int, ...]) -> None:
     query, key, value = factors(*sizes)
-    assert vnni.attention(query, key, value, None, False, 1.0).shape == (*query.shape[:3], 16)
+    assert vnni_ops.attention(query, key, value, None, False, 1.0).shape == (*query.shape[:3], 16)
 
 
 @pytest.mark.parametrize(
@@ -303,11 +303,11 @@ def test_activation_functions_are_those_of_torch() -> None:
 def test_a_layer_that_is_gone() -> None:
     layer, _, _ = weight(8, 8, False)
     number, quantized = layer.number, torch.zeros(2, 8, dtype=torch.uint8)
-    assert vnni.product(quantized, number, 1.0, 0, 0, 0, 1.0, 0).shape == (2, 8)
+    assert vnni_ops.product(quantized, number, 1.0, 0, 0, 0, 1.0, 0).shape == (2, 8)
     del layer
     for wrong in (number, -1, 10**6):
         with pytest.raises(RuntimeError, match="the layer of this graph is gone, with the model that was optimized"):
-            vnni.product(quantized, wrong, 1.0, 0, 0, 0, 1.0, 0)
+            vnni_ops.product(quantized, wrong, 1.0, 0, 0, 0, 1.0, 0)
 
 
 @needs_vnni
@@ -328,7 +328,7 @@ def test_norms(rows: int, width: int, two: bool, scaled: bool, rounded: bool, se
     first, second = 3 * torch.randn(rows, width) + 5, torch.randn(rows, width) if two else None
     weight, bias = (torch.randn(width), torch.randn(width)) if scaled else (None, None)
     step = (0.05, 100) if rounded else (None, 0)
-    got, integers = vnni.norm(first, second, weight, bias, 1e-5, *step)
+    got, integers = vnni_ops.norm(first, second, weight, bias, 1e-5, *step)
     total = (first if second is None else first + second).double()
     beside = [None if each is None else each.double() for each in (weight, bias)]
     expected = F.layer_norm(total, (width,), *beside, 1e-5)
@@ -356,11 +356,11 @@ def test_products_that_end_in_a_norm(rows: int, scheme: str, threads: int) -> No
             beside = (other, factor, shift, 1e-5, 0.05, 100)
             if scheme == "static":
                 first = layer.product(quantized, 0.03, 7, torch.float32)
-                got = vnni.product_norm(quantized, layer.number, 0.03, 7, *beside)
+                got = vnni_ops.product_norm(quantized, layer.number, 0.03, 7, *beside)
             else:
                 first = layer.product_by_token(x, False, torch.float32)
-                got = vnni.product_by_token_norm(x, layer.number, False, *beside)
-            expected = vnni.norm(first, *beside)
+                got = vnni_ops.product_by_token_norm(x, layer.number, False, *beside)
+            expected = vnni_ops.norm(first, *beside)
             assert torch.equal(got[0], expected[0])
             assert torch.equal(got[1], expected[1])
     finally:
@@ -371,17 +371,17 @@ def test_products_that_end_in_a_norm(rows: int, scheme: str, threads: int) -> No
 def test_nothing_to_normalize() -> None:
     layer, _, _ = weight(8, 8, False)
     beside = (None, None, None, 1e-5, None, 0)
-    assert vnni.norm(torch.zeros(0, 8), *beside)[0].shape == (0, 8)
+    assert vnni_ops.norm(torch.zeros(0, 8), *beside)[0].shape == (0, 8)
     empty = torch.zeros(2, 0, 8)
-    assert vnni.product_norm(empty.to(torch.uint8), layer.number, 1.0, 0, *beside)[0].shape == (2, 0, 8)
-    assert vnni.product_by_token_norm(empty, layer.number, True, *beside)[0].shape == (2, 0, 8)
+    assert vnni_ops.product_norm(empty.to(torch.uint8), layer.number, 1.0, 0, *beside)[0].shape == (2, 0, 8)
+    assert vnni_ops.product_by_token_norm(empty, layer.number, True, *beside)[0].shape == (2, 0, 8)
 
 
 @needs_vnni
 def test_a_norm_of_what_is_not_finite() -> None:
     x = torch.randn(3, 20)
     x[1, 4] = math.nan
-    got, _ = vnni.norm(x, None, None, None, 1e-5, None, 0)
+    got, _ = vnni_ops.norm(x, None, None, None, 1e-5, None, 0)
     assert got[1].isnan().all()
     assert got[::2].isfinite().all()
 

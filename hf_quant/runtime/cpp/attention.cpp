@@ -17,7 +17,8 @@ struct Strides {
 
 struct Problem {
     const float *query, *key, *value, *mask;
-    const uint8_t *shown;  // instead of the mask: 0 for keys that are hidden
+    const uint8_t *shown;    // instead of the mask: 0 for keys that are hidden
+    const int32_t *lengths;  // of sentences, in queries and keys; all are used where it is missing
     void *output;
     int64_t batch, heads, kv_heads, queries, keys, width, value_width;
     int64_t causal, quantized, threads;
@@ -214,7 +215,8 @@ void fetch(const float *rows, const Strides &strides, int64_t from, int64_t to, 
 // One head's queries from `first` to `last`.
 void head(const Problem &p, int64_t batch, int64_t number, int64_t first, int64_t last, char *memory) {
     const int64_t kv = number / (p.heads / p.kv_heads), pairs = p.width / 2;
-    const int64_t seen = p.causal ? std::min(p.keys, last) : p.keys;
+    const int64_t there = p.lengths == nullptr ? p.keys : p.lengths[batch];
+    const int64_t seen = p.causal ? std::min(there, last) : there;
     const int64_t padded = up(seen, COLUMNS * LANES);
     int32_t *keys = (int32_t *)memory;
     int32_t *values = keys + pairs * padded;
@@ -260,11 +262,11 @@ void head(const Problem &p, int64_t batch, int64_t number, int64_t first, int64_
         if (finite) {
             if (count < ROWS) std::memset(queries, 0, ROWS * p.width * sizeof(int16_t));
             quantize_rows(query + (row - first) * p.q.row, p.q.row, count, p.width, query_step, queries);
-            const int64_t limit = p.causal ? std::min(p.keys, row + count) : p.keys;
+            const int64_t limit = p.causal ? std::min(there, row + count) : there;
             const int64_t used = up(limit, COLUMNS * LANES);
             for (int64_t at = 0; at < used; at += COLUMNS * LANES)
                 multiply<COLUMNS>((const int32_t *)queries, pairs, keys + at, padded, pairs, (int32_t *)scores + at, padded);
-            const auto own = [&](int64_t r) { return p.causal ? std::min(p.keys, row + r + 1) : p.keys; };
+            const auto own = [&](int64_t r) { return p.causal ? std::min(there, row + r + 1) : there; };
             float most[ROWS];
             for (int64_t r = 0; r < count; r++)
                 most[r] = finish(scores + r * padded, own(r), scale, masks[r], shown[r]);
@@ -294,15 +296,19 @@ void attend(const Problem &p) {
     const int64_t all = p.batch * p.heads;
     const int64_t parts = std::max<int64_t>(1, std::min(up(p.threads, all) / all, p.queries / ROWS));
     const int64_t part = up(up(p.queries, parts) / parts, ROWS);
+    // Where sentences have lengths of their own, all threads share each; else a thread has its own again in each layer.
+    const int64_t units = all * parts;
+    const int64_t share = up(p.lengths == nullptr ? units : p.heads, p.threads) / p.threads;
     bool failed = false;
-#pragma omp parallel num_threads((int)std::min(p.threads, all *parts)) reduction(|| : failed)
+#pragma omp parallel num_threads((int)std::min(p.threads, units)) reduction(|| : failed)
     {
         char *memory = (char *)std::aligned_alloc(64, up(bytes, 64));
         failed = memory == nullptr;
-#pragma omp for schedule(static) nowait
-        for (int64_t unit = 0; unit < all * parts; unit++) {
-            const int64_t first = unit % parts * part, last = std::min(p.queries, first + part);
-            if (!failed && first < last) head(p, unit / parts / p.heads, unit / parts % p.heads, first, last, memory);
+#pragma omp for schedule(static, share) nowait
+        for (int64_t unit = 0; unit < units; unit++) {
+            const int64_t batch = unit / parts / p.heads, first = unit % parts * part;
+            const int64_t last = std::min<int64_t>(p.lengths == nullptr ? p.queries : p.lengths[batch], first + part);
+            if (!failed && first < last) head(p, batch, unit / parts % p.heads, first, last, memory);
         }
         std::free(memory);
     }

@@ -24,6 +24,7 @@ struct Rows {
     const float *scales;   // of each row, or one for all
     const int32_t *zeros;  // likewise
     int64_t by_row, count;
+    const int32_t *places;  // rows of `values`, in ascending order; all where it is missing
 };
 
 enum Post { NONE, RELU, GELU, GELU_TANH };
@@ -33,7 +34,10 @@ struct Output {
     void *values;
     int64_t kind, post;
     Rounding rounding;
-    int64_t first;  // row that lies at `values`
+    int64_t first;          // row that lies at `values`
+    const int32_t *places;  // rows that are written, instead
+
+    int64_t place(int64_t row) const { return places == nullptr ? row - first : places[row]; }
 };
 
 // Sums of `R` rows times one panel, [R][64], which begin at `start`, [64]. A function of its own with nothing around its
@@ -132,18 +136,25 @@ inline __m512 apply(__m512 value) {
     return value;
 }
 
-inline void store(const Output &out, int64_t place, __mmask16 there, __m512 value) {
-    if (out.kind == FLOAT32) {
-        _mm512_mask_storeu_ps((float *)out.values + place, there, value);
-    } else if (out.kind == BFLOAT16) {  // to the nearest, to even between two
-        const __m512i bits = _mm512_castps_si512(value);
+// COLUMNS registers of one row of outputs, which begin at `place`; `left` is how many there are from there on.
+template <int KIND>
+inline void store(const Output &out, int64_t place, int64_t left, const __m512 *values) {
+    if (KIND == UINT8) {
+        _mm512_mask_storeu_epi8((uint8_t *)out.values + place, bytes(left), to_uint8(values, out.rounding));
+        return;
+    }
+    UNROLL for (int c = 0; c < COLUMNS; c++, place += LANES, left -= LANES) {
+        if (KIND == FLOAT32) {
+            _mm512_mask_storeu_ps((float *)out.values + place, lanes(left), values[c]);
+            continue;
+        }
+        // bfloat16: to the nearest, to even between two
+        const __m512i bits = _mm512_castps_si512(values[c]);
         const __m512i odd = _mm512_and_epi32(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
         const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-        const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+        const __mmask16 nan = _mm512_cmp_ps_mask(values[c], values[c], _CMP_UNORD_Q);
         const __m512i high = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0));
-        _mm256_mask_storeu_epi16((uint16_t *)out.values + place, there, _mm512_cvtepi32_epi16(high));
-    } else {
-        _mm_mask_storeu_epi8((uint8_t *)out.values + place, there, to_uint8(value, out.rounding));
+        _mm256_mask_storeu_epi16((uint16_t *)out.values + place, lanes(left), _mm512_cvtepi32_epi16(high));
     }
 }
 
@@ -152,37 +163,56 @@ inline __m512i shifted(const Layer &layer, int64_t column, int32_t zero) {
     return _mm512_mullo_epi32(_mm512_set1_epi32(zero), _mm512_loadu_si512(layer.sums + column));
 }
 
-// From sums of integers to outputs, for one row and panel; with a zero point that sums did not begin with.
-template <int POST>
-void finish_row(const int32_t *sums, const Layer &layer, int64_t column, float scale, int32_t zero, const Output &out,
-                int64_t row) {
-    const __m512 by = _mm512_set1_ps(scale);
+// From sums of integers to outputs, for one panel of `count` rows; with zero points where each row has its own.
+template <int POST, int KIND>
+void finish(const int32_t *sums, const Layer &layer, int64_t column, const Rows &rows, const Output &out, int64_t row,
+            int64_t count) {
+    __m512 scales[COLUMNS], biases[COLUMNS];
     UNROLL for (int c = 0; c < COLUMNS; c++) {
-        const int64_t at = column + c * LANES;
-        __m512i sum = _mm512_load_si512(sums + c * LANES);
-        if (zero) sum = _mm512_sub_epi32(sum, shifted(layer, at, zero));
-        __m512 value = _mm512_cvtepi32_ps(sum);
-        const __m512 factor = _mm512_mul_ps(_mm512_loadu_ps(layer.scale + at), by);
-        const __m512 bias = layer.bias == nullptr ? _mm512_setzero_ps() : _mm512_loadu_ps(layer.bias + at);
-        value = apply<POST>(_mm512_fmadd_ps(value, factor, bias));
-        store(out, (row - out.first) * layer.out + at, lanes(layer.out - at), value);
+        scales[c] = _mm512_loadu_ps(layer.scale + column + c * LANES);
+        if (!rows.by_row) scales[c] = _mm512_mul_ps(scales[c], _mm512_set1_ps(*rows.scales));
+        biases[c] = layer.bias == nullptr ? _mm512_setzero_ps() : _mm512_loadu_ps(layer.bias + column + c * LANES);
+    }
+    for (int64_t r = 0; r < count; r++, sums += PANEL) {
+        __m512 values[COLUMNS];
+        UNROLL for (int c = 0; c < COLUMNS; c++) {
+            __m512i sum = _mm512_load_si512(sums + c * LANES);
+            __m512 factor = scales[c];
+            if (rows.by_row) {
+                sum = _mm512_sub_epi32(sum, shifted(layer, column + c * LANES, rows.zeros[row + r]));
+                factor = _mm512_mul_ps(factor, _mm512_set1_ps(rows.scales[row + r]));
+            }
+            values[c] = apply<POST>(_mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), factor, biases[c]));
+        }
+        store<KIND>(out, out.place(row + r) * layer.out + column, layer.out - column, values);
     }
 }
 
-void finish_row(const int32_t *sums, const Layer &layer, int64_t column, float scale, int32_t zero, const Output &out,
-                int64_t row) {
+template <int POST>
+void finish(const int32_t *sums, const Layer &layer, int64_t column, const Rows &rows, const Output &out, int64_t row,
+            int64_t count) {
+    switch (out.kind) {
+        case UINT8: return finish<POST, UINT8>(sums, layer, column, rows, out, row, count);
+        case BFLOAT16: return finish<POST, BFLOAT16>(sums, layer, column, rows, out, row, count);
+        default: return finish<POST, FLOAT32>(sums, layer, column, rows, out, row, count);
+    }
+}
+
+void finish(const int32_t *sums, const Layer &layer, int64_t column, const Rows &rows, const Output &out, int64_t row,
+            int64_t count) {
     switch (out.post) {
-        case RELU: return finish_row<RELU>(sums, layer, column, scale, zero, out, row);
-        case GELU: return finish_row<GELU>(sums, layer, column, scale, zero, out, row);
-        case GELU_TANH: return finish_row<GELU_TANH>(sums, layer, column, scale, zero, out, row);
-        default: return finish_row<NONE>(sums, layer, column, scale, zero, out, row);
+        case RELU: return finish<RELU>(sums, layer, column, rows, out, row, count);
+        case GELU: return finish<GELU>(sums, layer, column, rows, out, row, count);
+        case GELU_TANH: return finish<GELU_TANH>(sums, layer, column, rows, out, row, count);
+        default: return finish<NONE>(sums, layer, column, rows, out, row, count);
     }
 }
 
 // One part of the output: the rows of a chunk and one panel.
 void multiply_part(const Layer &layer, const Rows &rows, const Output &out, int64_t first, int64_t last, int64_t panel) {
     alignas(64) int32_t sums[ROWS * PANEL], start[PANEL] = {};
-    const int64_t fours = up(layer.in, 4) / 4;
+    const int64_t fours = up(layer.in, 4) / 4, stride = fours * 4;
+    const std::unique_ptr<uint8_t[]> together(rows.places == nullptr ? nullptr : new uint8_t[ROWS * stride]);
     if (!rows.by_row)
         for (int at = 0; at < PANEL; at += LANES) {
             const __m512i less = shifted(layer, panel * PANEL + at, *rows.zeros);
@@ -190,13 +220,14 @@ void multiply_part(const Layer &layer, const Rows &rows, const Output &out, int6
         }
     for (int64_t row = first; row < last; row += ROWS) {
         const int64_t count = std::min<int64_t>(ROWS, last - row);
-        multiply_panel(count, rows.values + row * fours * 4, fours * 4, layer.weight + panel * fours * PANEL * 4, fours,
-                       start, sums);
-        for (int64_t r = 0; r < count; r++) {
-            const float scale = rows.by_row ? rows.scales[row + r] : *rows.scales;
-            const int32_t zero = rows.by_row ? rows.zeros[row + r] : 0;
-            finish_row(sums + r * PANEL, layer, panel * PANEL, scale, zero, out, row + r);
+        const uint8_t *left = rows.values + row_at(rows.places, row) * stride;
+        if (rows.places != nullptr && rows.places[row + count - 1] - rows.places[row] != count - 1) {
+            for (int64_t r = 0; r < count; r++)  // the end of a sentence and the start of the next
+                std::memcpy(together.get() + r * stride, rows.values + rows.places[row + r] * stride, stride);
+            left = together.get();
         }
+        multiply_panel(count, left, stride, layer.weight + panel * fours * PANEL * 4, fours, start, sums);
+        finish(sums, layer, panel * PANEL, rows, out, row, count);
     }
 }
 
@@ -218,14 +249,19 @@ int team(const Layer &layer, int64_t rows, int64_t threads) {
 // `count` rows with one range become uint8, with one scale and zero point, both as `token_qparams` finds them.
 void quantize_group(const float *from, int64_t count, int64_t width, bool symmetric, uint8_t *to, float *scale,
                     int32_t *zero) {
-    __m512 low = _mm512_setzero_ps(), high = _mm512_setzero_ps();
+    // Two of each, so that none waits for itself.
+    __m512 low[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()}, high[2] = {low[0], low[0]};
     __mmask16 bad = 0;
-    for (int64_t at = 0; at < count * width; at += LANES) {
-        const __m512 value = _mm512_maskz_loadu_ps(lanes(count * width - at), from + at);
-        low = _mm512_min_ps(low, value), high = _mm512_max_ps(high, value);
+    const auto see = [&](int half, __m512 value) __attribute__((always_inline)) {
+        low[half] = _mm512_min_ps(low[half], value), high[half] = _mm512_max_ps(high[half], value);
         bad |= _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-    }
-    const float least = _mm512_reduce_min_ps(low), most = _mm512_reduce_max_ps(high);
+    };
+    int64_t at = 0;
+    for (; at + 2 * LANES <= count * width; at += 2 * LANES)
+        see(0, _mm512_loadu_ps(from + at)), see(1, _mm512_loadu_ps(from + at + LANES));
+    for (; at < count * width; at += LANES) see(0, _mm512_maskz_loadu_ps(lanes(count * width - at), from + at));
+    low[0] = _mm512_min_ps(low[0], low[1]), high[0] = _mm512_max_ps(high[0], high[1]);
+    const float least = _mm512_reduce_min_ps(low[0]), most = _mm512_reduce_max_ps(high[0]);
     float step = symmetric ? std::max(-least, most) / 127.5f : (most - least) / 255.0f;
     float place = 0;
     if (!symmetric && step > 0) place = std::nearbyint(std::min(127.0f, std::max(-128.0f, -128.0f - least / step)));
@@ -234,32 +270,38 @@ void quantize_group(const float *from, int64_t count, int64_t width, bool symmet
     // What is not finite makes all outputs of its rows NaN, as it does in float.
     const float kept = bad || !std::isfinite(step) ? std::numeric_limits<float>::quiet_NaN() : step;
     for (int64_t row = 0; row < count; row++, from += width, to += up(width, 4)) {
-        for (int64_t at = 0; at < width; at += LANES) {
-            const __mmask16 there = lanes(width - at);
-            _mm_mask_storeu_epi8(to + at, there, to_uint8(_mm512_maskz_loadu_ps(there, from + at), rounding));
-        }
         scale[row] = kept, zero[row] = (int32_t)place + 128;
+        __m512 values[4];
+        for (at = 0; at + 4 * LANES <= width; at += 4 * LANES) {
+            UNROLL for (int i = 0; i < 4; i++) values[i] = _mm512_loadu_ps(from + at + i * LANES);
+            _mm512_storeu_si512(to + at, to_uint8(values, rounding));
+        }
+        if (at == width) continue;
+        UNROLL for (int i = 0; i < 4; i++)
+            values[i] = _mm512_maskz_loadu_ps(lanes(width - at - i * LANES), from + at + i * LANES);
+        _mm512_mask_storeu_epi8(to + at, bytes(width - at), to_uint8(values, rounding));
     }
 }
 
 // `count` rows of uint8 inputs, with one scale and zero point; `use` reads them within a parallel region of its own.
 template <typename Use>
-void with_rows(const Layer &layer, const uint8_t *values, int64_t count, float scale, int32_t zero, Use use) {
+void with_rows(const Layer &layer, const uint8_t *values, const int32_t *places, int64_t count, float scale,
+               int32_t zero, Use use) {
     const int64_t stride = up(layer.in, 4);
     std::unique_ptr<uint8_t[]> copy;
     if (stride != layer.in) {
         copy.reset(new uint8_t[count * stride]());
         for (int64_t row = 0; row < count; row++)
-            std::memcpy(copy.get() + row * stride, values + row * layer.in, layer.in);
-        values = copy.get();
+            std::memcpy(copy.get() + row * stride, values + row_at(places, row) * layer.in, layer.in);
+        values = copy.get(), places = nullptr;
     }
-    use(Rows{values, &scale, &zero, 0, count});
+    use(Rows{values, &scale, &zero, 0, count, places});
 }
 
 // `count` rows of float32 inputs, of which `group` successive ones have one range, as uint8.
 template <typename Use>
-void with_rows_by_token(const Layer &layer, const float *input, int64_t count, int64_t group, bool symmetric,
-                        int64_t threads, Use use) {
+void with_rows_by_token(const Layer &layer, const float *input, const int32_t *places, int64_t count, int64_t group,
+                        bool symmetric, int64_t threads, Use use) {
     const int64_t stride = up(layer.in, 4);
     const std::unique_ptr<char[]> memory(new char[count * (stride + sizeof(float) + sizeof(int32_t))]);
     float *scales = (float *)memory.get();
@@ -267,40 +309,14 @@ void with_rows_by_token(const Layer &layer, const float *input, int64_t count, i
     uint8_t *values = (uint8_t *)(zeros + count);
 #pragma omp parallel for schedule(static) num_threads(team(layer, count, threads))
     for (int64_t row = 0; row < count; row += group)
-        quantize_group(input + row * layer.in, group, layer.in, symmetric, values + row * stride, scales + row,
-                       zeros + row);
-    use(Rows{values, scales, zeros, 1, count});
+        quantize_group(input + row_at(places, row) * layer.in, group, layer.in, symmetric, values + row * stride,
+                       scales + row, zeros + row);
+    use(Rows{values, scales, zeros, 1, count, nullptr});
 }
 
 void multiply(const Layer &layer, const Rows &rows, const Output &out, int64_t threads) {
 #pragma omp parallel num_threads(team(layer, rows.count, threads))
     multiply_parts(layer, rows, out);
-}
-
-// A layer and the norm after it, which reads each chunk of rows while it is in the nearest caches.
-void multiply_and_normalize(const Layer &layer, const Rows &rows, Norm norm, int64_t threads) {
-    const int64_t panels = up(layer.out, PANEL) / PANEL;
-    // As many chunks for each thread, all alike, so that none waits for another.
-    const int64_t chunks = up(up(rows.count, CHUNK_ROWS) / CHUNK_ROWS, threads), each = up(rows.count, chunks) / chunks;
-    if (rows.count < 4 * ROWS * threads) {  // so few that threads had better share the weight than the rows
-        const std::unique_ptr<float[]> sums(new float[rows.count * layer.out]);
-        multiply(layer, rows, {sums.get(), FLOAT32, NONE, Rounding(), 0}, threads);
-        norm.first = sums.get();
-        return normalize(norm, rows.count, threads);
-    }
-#pragma omp parallel num_threads((int)threads)
-    {
-        const std::unique_ptr<float[]> sums(new float[each * layer.out]);
-#pragma omp for schedule(static) nowait
-        for (int64_t chunk = 0; chunk < chunks; chunk++) {
-            const int64_t first = chunk * each, last = std::min(rows.count, first + each);
-            for (int64_t panel = 0; panel < panels; panel++)
-                multiply_part(layer, rows, {sums.get(), FLOAT32, NONE, Rounding(), first}, first, last, panel);
-            Norm here = norm;
-            here.first = sums.get(), here.first_row = first;
-            for (int64_t row = first; row < last; row++) normalize_row(here, row);
-        }
-    }
 }
 
 }  // namespace
