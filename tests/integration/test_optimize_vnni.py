@@ -74,11 +74,34 @@ def test_attention_by_integers(scheme: str, compile: bool) -> None:
     assert graph.attentions == 2
     assert graph.norms == 5  # of the embeddings, and two a layer
     assert graph.ended == 4  # all but that of the embeddings take in a product
+    assert graph.joined == 2  # one a layer
     assert graph.rounded == (2 if scheme == "static" else 0)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
         flat(model, batch)
     calls = {row.key: row.count for row in seen.key_averages()}
     assert calls["hf_quant::vnni_attention"] == 2 * calls["hf_quant::bool_mask"], "one mask for all layers"
+
+
+@pytest.mark.parametrize("scheme", ["static", "dynamic"])
+@pytest.mark.parametrize("species", ["bert", "roberta", "distilbert"])
+def test_padding_is_left_out(species: str, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(species)
+    batch = {name: value[:1].expand(6, -1).clone() for name, value in batch_for(species, model).items()}
+    total = batch["input_ids"].shape[1]
+    batch["attention_mask"] = (torch.arange(total) < torch.tensor([2, total, 3, 5, 2, 4])[:, None]).long()
+    model = quantize_dynamic(model) if scheme == "dynamic" else quantize_static(model, [batch], progress=False)
+    expected = outputs(model, batch)
+    seen: list[tuple[list[int], int]] = []
+    skipping = vnni.skipping_padding
+    monkeypatch.setattr(vnni, "skipping_padding", lambda *given: [seen.append(given), skipping(*given)][1])
+    model = optimize(model, compile=False)
+    for _ in range(2):
+        seen.clear()
+        got = outputs(model, batch)
+        for name, value in expected.items():
+            tokens = batch["attention_mask"].bool() if value.shape[1] == total else torch.ones(6, dtype=torch.bool)
+            assert sqnr(value[tokens], got[name][tokens]) > CLOSE, name
+    assert seen == [([2, 2, 3, 4, 5, total], total)]
 
 
 def test_layers_all_in_bfloat16() -> None:

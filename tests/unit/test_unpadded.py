@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import re
@@ -501,6 +502,36 @@ def test_callers_mistake_is_the_forwards_own_error() -> None:
             forward(**wrong)
     with pytest.raises(TypeError, match="unexpected keyword argument 'input_idz'"):
         UnpaddedForward(_means, None)(input_idz=_batch()["input_ids"], attention_mask=_batch()["attention_mask"])
+
+
+# Where the forward can leave padding out.
+
+
+def test_groups_of_several_lengths() -> None:
+    model = _model("bert", "BertForTokenClassification")
+    seen: list[tuple[list[int], int]] = []
+
+    def skipping(lengths: Sequence[int], length: int) -> contextlib.nullcontext[None]:
+        seen.append((list(lengths), length))
+        return contextlib.nullcontext()
+
+    forward = UnpaddedForward(model.forward, model.config, 1000, skipping=skipping)
+    batch = _batch()
+    with torch.no_grad():
+        expected = model(**batch)
+        forward(**batch)
+        seen.clear()
+        _assert_same(forward(**batch), expected, batch["attention_mask"])
+        assert seen == [(sorted(LENGTHS), TOTAL)]
+        seen.clear()
+        for whole in (
+            _batch((TOTAL,) * 6),  # nothing to leave out
+            _batch((3, TOTAL, 5)),  # too few rows to learn from
+            _batch(range(1, TOTAL + 1)),  # rows and tokens could be mistaken for each other
+            _batch(left=True),
+        ):
+            torch.testing.assert_close(forward(**whole).logits, model(**whole).logits)
+    assert seen == []
 
 
 # Beside other tools.

@@ -389,6 +389,14 @@ def test_a_norm_of_what_is_not_finite() -> None:
 # --- where they are there --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(
+    not cpu.features()["avx512_vnni"] or cpu.features()["amx_int8"] or not cpu.compiler_available(),
+    reason="this CPU has no AVX-512 VNNI, or has AMX too, or there is no compiler",
+)
+def test_cpus_that_have_them() -> None:
+    assert vnni.available(), "all tests of the kernels would be skipped"
+
+
 @pytest.mark.parametrize(
     "features", [{"avx512_vnni": False, "amx_int8": False}, {"avx512_vnni": True, "amx_int8": True}]
 )
