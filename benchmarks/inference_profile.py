@@ -27,7 +27,13 @@ from hf_quant.runtime.cpu import features
 
 CASES = ("batch1", "batch8", "batch32", "mrpc")
 KINDS = {
-    "products": ("hf_quant::vnni_product", "hf_quant::product", "onednn::qlinear_pointwise", "aten::_int_mm"),
+    "products": (
+        "hf_quant::vnni_product",
+        "hf_quant::vnni_feed_forward",
+        "hf_quant::product",
+        "onednn::qlinear_pointwise",
+        "aten::_int_mm",
+    ),
     "attention": ("hf_quant::vnni_attention", "aten::bmm", "aten::_scaled_dot_product"),
     "norms": ("hf_quant::vnni_norm",),
     "compiled by Inductor": ("## Call CompiledFxGraph",),
