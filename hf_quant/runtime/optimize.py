@@ -39,12 +39,12 @@ def optimize(
     The forward is captured as a graph and rewritten by structure: layers with one input become one product (query,
     key and value); an activation function between two static layers, and the rounding that follows it, become the end
     of the first product. Which kernel multiplies is measured once a machine for each shape (`hf-quant inspect FOLDER
-    --kernels`). Inductor makes kernels of the rest. Batches with padding run as several batches with little of it, see
-    [`UnpaddedForward`].
+    --kernels`). Inductor makes kernels of the rest. Batches with padding run as several batches with little of it, and
+    padding is 0 in outputs, see [`UnpaddedForward`].
 
     On CPUs with AVX-512 VNNI and without AMX, kernels of this package's own do layers as a whole, normalization and
-    attention; a C++ compiler builds them once a machine. On others, attention multiplies in bfloat16 where the CPU
-    does so natively.
+    attention, and leave padding out; a C++ compiler builds them once a machine. On others, attention multiplies in
+    bfloat16 where the CPU does so natively.
 
     Decoders generate fastest with `cache_implementation="static"`.
 
