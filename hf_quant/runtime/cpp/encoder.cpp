@@ -55,7 +55,7 @@ struct Between {
 
 // Two layers and the norm after them, one after the other.
 void multiply_one_by_one(const Layer &first, const Rows &rows, const Between &between, const Layer &second,
-                           const Norm &norm, int64_t threads) {
+                         const Norm &norm, int64_t threads) {
     const int64_t bytes = between.by_token ? sizeof(float) : 1;
     const std::unique_ptr<char[]> inner(new char[rows.count * first.out * bytes]);
     multiply(first, rows, {inner.get(), between.kind(), between.post, between.rounding(), 0, nullptr}, threads);
@@ -67,8 +67,9 @@ void multiply_one_by_one(const Layer &first, const Rows &rows, const Between &be
         with_rows(second, (const uint8_t *)inner.get(), nullptr, rows.count, between.scale, between.zero, use);
 }
 
+// The same, by chunks.
 void multiply_both(const Layer &first, const Rows &rows, const Between &between, const Layer &second, const Norm &norm,
-                  int64_t threads) {
+                   int64_t threads) {
     // Rows of 3,072 floats fill a second cache of 1 MB sooner than those of bytes.
     const int64_t most = between.by_token ? CHUNK_ROWS / 2 : CHUNK_ROWS;
     const int64_t chunks = chunks_for(rows.count, most, threads), each = up(rows.count, chunks) / chunks;
@@ -80,7 +81,7 @@ void multiply_both(const Layer &first, const Rows &rows, const Between &between,
         const std::unique_ptr<uint8_t[]> values(new uint8_t[each * second.in]);
         const std::unique_ptr<float[]> floats(between.by_token ? new float[each * (second.in + 1)] : nullptr);
         const std::unique_ptr<int32_t[]> zeros(between.by_token ? new int32_t[each] : nullptr);
-        float *scales = floats.get() + each * second.in;
+        float *const scales = between.by_token ? floats.get() + each * second.in : nullptr;
         void *const inner = between.by_token ? (void *)floats.get() : values.get();
 #pragma omp for schedule(static) nowait
         for (int64_t chunk = 0; chunk < chunks; chunk++) {
